@@ -1,0 +1,1 @@
+"""What the compiler sees: tensors in, tensors out; no state, no I/O, no branches on data."""

@@ -1,0 +1,1 @@
+"""Everything that decides how the model runs."""
