@@ -1,0 +1,59 @@
+# Needs Python >= 3.10 with its venv module, and make; everything else goes into .venv.
+# Another Python: make test PYTHON=python3.12      More arguments: make test ARGS="-k config"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint type bench clean
+.DELETE_ON_ERROR:
+
+help: ## Show this help
+	@echo "cogx-fast: a fast CogVideoX video transformer for PyTorch"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "The first target that needs it sets up $(VENV) with $(PYTHON). Variables: PYTHON, ARGS."
+
+setup: $(STAMP) ## Set up .venv with the tested versions (constraints.txt)
+
+demo: $(STAMP) ## Make a video with the tiny pipeline, beside diffusers
+	@$(BIN)/cogx-fast demo $(ARGS)
+
+test: $(STAMP) ## Run the tests (those marked gpu or slow: ARGS="-m gpu", ARGS="-m slow")
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) type ## Check style, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+type: $(STAMP) ## Check types only
+	@$(BIN)/mypy
+
+bench: $(STAMP) ## Run the benchmarks
+	@$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+clean: ## Remove caches and build output (.venv stays)
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks .coverage htmlcov
+	@find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# hatchling and editables come first, so that the build needs no environment of its own.
+$(STAMP): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  command -v "$(PYTHON)" >/dev/null 2>&1 \
+	    || { echo "error: '$(PYTHON)' is not there. Install Python >= 3.10, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "error: '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1); Python >= 3.10 is needed. Name one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	  "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null \
+	    || { echo "error: '$(PYTHON)' has no venv module. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
+	  echo "Setting up $(VENV) with $$("$(PYTHON)" -V 2>&1)"; \
+	  "$(PYTHON)" -m venv $(VENV); }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "error: $(VENV) has $$($(BIN)/python -V); Python >= 3.10 is needed: remove $(VENV) and try again" >&2; exit 1; }
+	@echo "Installing the tested versions into $(VENV) (the first time takes minutes)"
+	@$(PIP) "pip>=23.0" hatchling editables
+	@$(PIP) --no-build-isolation --editable ".[all,dev]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""Quantization recipes for video transformers, on torchao."""
