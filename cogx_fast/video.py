@@ -1,0 +1,210 @@
+"""Videos as files and as pictures: .mp4, contact sheets, and how far two videos are apart.
+
+Frames are arrays of shape (F, H, W, 3): uint8, or floats between 0 and 1 as the pipelines give them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cogx_fast.optional import require
+
+Frames = NDArray[Any]
+
+_QUALITY = 9  # of 10: the demo compares pictures
+_BACKGROUND, _INK, _FAINT = (250, 250, 248), (32, 33, 36), (120, 122, 128)
+_LEAST_CELL = 128  # pixels along a frame's longer side on a contact sheet
+_MOST_CELL = 240
+_MARGIN, _GAP = 24, 6
+_TITLE_SIZE, _LABEL_SIZE, _NOTE_SIZE = 22, 17, 13
+
+
+def check_writable(path: str | os.PathLike[str], suffix: str) -> Path:
+    """The path, once it is sure that a file of that name can be written there; makes its folder.
+
+    Raises:
+        ValueError: it does not end in ``suffix``.
+        OSError: it is a directory, or its folder cannot be made or written.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"output is {str(path)!r}, expected a name that ends in {suffix}")
+    if path.is_dir():
+        raise IsADirectoryError(f"output {path} is a directory: name a file in it, e.g. {path / ('video' + suffix)}")
+    check_directory(path.parent)
+    return path
+
+
+def check_directory(directory: str | os.PathLike[str]) -> Path:
+    """The directory, once it is there and sure to take files.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    directory = Path(directory).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write to {directory} ({reason}): choose another place with --out") from None
+    return directory
+
+
+def write_video(path: str | os.PathLike[str], frames: Frames, *, fps: int) -> None:
+    """Write an .mp4 (H.264, readable by browsers); a file of that name is replaced only when the new one is whole.
+
+    Args:
+        path: where to.
+        frames: ``(F, H, W, 3)``, even height and width.
+        fps: frames a second.
+
+    Raises:
+        MissingDependencyError: imageio or its ffmpeg is not installed.
+        OSError: the place cannot be written.
+    """
+    imageio = require("imageio.v2", why="to write videos")
+    require("imageio_ffmpeg", why="to write videos")
+    with _replacing(path) as temporary:
+        writer = imageio.get_writer(
+            temporary, fps=fps, codec="libx264", quality=_QUALITY, macro_block_size=1, ffmpeg_log_level="error"
+        )
+        with writer:
+            for frame in to_bytes(frames):
+                writer.append_data(frame)
+
+
+def read_video(path: str | os.PathLike[str]) -> Frames:
+    """Every frame of a video file, ``(F, H, W, 3)`` uint8.
+
+    Raises:
+        MissingDependencyError: imageio or its ffmpeg is not installed.
+        OSError: there is no such file, or it is no video.
+    """
+    imageio = require("imageio.v2", why="to read videos")
+    require("imageio_ffmpeg", why="to read videos")
+    with imageio.get_reader(path, format="FFMPEG") as reader:
+        return np.stack(list(reader.iter_data()))
+
+
+def psnr(actual: Frames, expected: Frames) -> float:
+    """Peak signal-to-noise ratio in dB over all values, for frames between 0 and 1; infinite where they are equal.
+
+    Raises:
+        ValueError: the videos differ in shape.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(
+            f"videos of shape {actual.shape} and {expected.shape} cannot be compared: make them of one size"
+        )
+    error = float(np.mean((actual.astype(np.float64) - expected.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else -10 * float(np.log10(error))
+
+
+def to_bytes(frames: Frames) -> Frames:
+    """Frames as uint8."""
+    if frames.dtype == np.uint8:
+        return frames
+    return (frames.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def contact_sheet(rows: Sequence[tuple[str, str, Frames]], *, title: str, note: str, fps: int, columns: int = 9) -> Any:
+    """Videos under each other, a few moments of each from left to right, as one picture.
+
+    Args:
+        rows: for each video its name, a word about it, and its frames; all of one length.
+        title: line at the top.
+        note: line at the bottom.
+        fps: frames a second, for the times over the columns.
+        columns: moments to show, at most.
+
+    Returns:
+        A ``PIL.Image.Image``.
+
+    Raises:
+        MissingDependencyError: pillow is not installed.
+    """
+    image_module, draw_module = require("PIL.Image", why="to draw"), require("PIL.ImageDraw", why="to draw")
+    font = require("PIL.ImageFont", why="to draw").load_default
+    length, height, width = rows[0][2].shape[:3]
+    shown = np.unique(np.linspace(0, length - 1, min(columns, length)).round().astype(int))
+    cell_width, cell_height = _cell_size(width, height)
+    smooth = image_module.Resampling.NEAREST if cell_width > width else image_module.Resampling.LANCZOS
+
+    label_width = 24 + int(max(font(_LABEL_SIZE).getlength(name) for name, _, _ in rows))
+    label_width = max(label_width, 24 + int(max(font(_NOTE_SIZE).getlength(word) for _, word, _ in rows)))
+    left, top = _MARGIN + label_width, _MARGIN + _TITLE_SIZE + 38
+    sheet_width = left + len(shown) * (cell_width + _GAP) - _GAP + _MARGIN
+    sheet_height = top + len(rows) * (cell_height + _GAP) + 34 + _MARGIN // 2
+    sheet = image_module.new("RGB", (sheet_width, sheet_height), _BACKGROUND)
+    draw = draw_module.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN), _fit(title, font(_TITLE_SIZE), sheet_width - 2 * _MARGIN), _INK, font(_TITLE_SIZE))
+    for column, moment in enumerate(shown):
+        centre = left + column * (cell_width + _GAP) + cell_width / 2
+        draw.text((centre, top - 8), f"{moment / fps:.2f} s", _FAINT, font(_NOTE_SIZE), anchor="ms")
+    for row, (name, word, frames) in enumerate(rows):
+        y = top + row * (cell_height + _GAP)
+        draw.text((_MARGIN, y + cell_height / 2 - 3), name, _INK, font(_LABEL_SIZE), anchor="ls")
+        draw.text((_MARGIN, y + cell_height / 2 + 17), word, _FAINT, font(_NOTE_SIZE), anchor="ls")
+        for column, frame in enumerate(to_bytes(frames[shown])):
+            picture = image_module.fromarray(frame).resize((cell_width, cell_height), smooth)
+            sheet.paste(picture, (left + column * (cell_width + _GAP), y))
+    note = _fit(note, font(_NOTE_SIZE), sheet_width - 2 * _MARGIN)
+    draw.text((_MARGIN, sheet_height - _MARGIN), note, _FAINT, font(_NOTE_SIZE), anchor="ls")
+    return sheet
+
+
+def write_image(path: str | os.PathLike[str], image: Any) -> None:
+    """Write a picture; a file of that name is replaced only when the new one is whole."""
+    with _replacing(path) as temporary:
+        image.save(temporary)
+
+
+def _cell_size(width: int, height: int) -> tuple[int, int]:
+    longer = max(width, height)
+    scale = -(-_LEAST_CELL // longer) if longer < _LEAST_CELL else min(1.0, _MOST_CELL / longer)
+    return round(width * scale), round(height * scale)
+
+
+def _fit(text: str, font: Any, width: float) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+@contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file to write beside ``path`` that takes its place at the end, and is gone after an error."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's is for this user alone
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
+
+
+__all__ = [
+    "Frames", "check_directory", "check_writable", "contact_sheet", "psnr", "read_video", "to_bytes", "write_image",
+    "write_video",
+]  # fmt: skip

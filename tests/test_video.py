@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cogx_fast import video
+
+
+def _ramp(length: int = 17, height: int = 64, width: int = 96) -> video.Frames:
+    """A bright square that moves to the right over a gradient."""
+    frames = np.zeros((length, height, width, 3), dtype=np.float32)
+    frames += np.linspace(0, 0.5, width, dtype=np.float32)[None, None, :, None]
+    for index in range(length):
+        frames[index, 16:48, 2 * index : 2 * index + 32] = (1.0, 0.5, 0.1)
+    return frames
+
+
+def test_a_video_is_what_was_written(tmp_path: Path) -> None:
+    frames = _ramp()
+    video.write_video(tmp_path / "video.mp4", frames, fps=8)
+    read = video.read_video(tmp_path / "video.mp4")
+    assert read.shape == (17, 64, 96, 3)
+    assert read.dtype == np.uint8
+    assert video.psnr(read / 255, frames) > 30
+    assert video.psnr(read / 255, frames[::-1]) < 25  # in the right order
+    assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(b"old")
+    frames = _ramp()
+
+    def failing(_: video.Frames) -> list[video.Frames]:
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(video, "to_bytes", failing)
+    with pytest.raises(RuntimeError, match="stopped"):
+        video.write_video(path, frames, fps=8)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["video.mp4"]
+
+
+def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    video.write_video(tmp_path / "video.mp4", _ramp(2), fps=8)
+    assert (tmp_path / "video.mp4").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_psnr() -> None:
+    frames = np.full((2, 4, 4, 3), 0.5, dtype=np.float32)
+    assert video.psnr(frames, frames) == float("inf")
+    assert video.psnr(frames + 0.1, frames) == pytest.approx(20.0, abs=1e-3)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        video.psnr(frames, frames[:1])
+
+
+def test_contact_sheet_shows_each_video(tmp_path: Path) -> None:
+    from PIL import Image
+
+    frames = _ramp()
+    red = np.zeros_like(frames)
+    red[..., 0] = 1.0
+    rows = [("diffusers", "1.0 s", frames), ("cogx_fast", "0.5 s", red)]
+    sheet = video.contact_sheet(rows, title="a prompt " * 100, note="a note", fps=8, columns=5)
+    video.write_image(tmp_path / "sheet.png", sheet)
+    with Image.open(tmp_path / "sheet.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[1] > 5 * 96
+    reds = (pixels == (255, 0, 0)).all(-1)
+    assert reds.sum() == 5 * (2 * 96) * (2 * 64)  # five moments, doubled in size
+    assert reds[: pixels.shape[0] // 2].sum() < reds[pixels.shape[0] // 2 :].sum()  # in the lower row
+
+
+@pytest.mark.parametrize(("size", "cell"), [((64, 64), (128, 128)), ((480, 720), (240, 160)), ((200, 100), (100, 200))])
+def test_cells_are_neither_tiny_nor_huge(size: tuple[int, int], cell: tuple[int, int]) -> None:
+    height, width = size
+    assert video._cell_size(width, height) == cell
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected a name that ends in \.mp4"):
+        video.check_writable(tmp_path / "video.avi", ".mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(IsADirectoryError, match="is a directory"):
+        video.check_writable(tmp_path / "folder.mp4", ".mp4")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write to"):
+        video.check_writable(tmp_path / "file" / "video.mp4", ".mp4")
+    assert video.check_writable(tmp_path / "new" / "deep" / "video.mp4", ".mp4").parent.is_dir()
+    assert os.listdir(tmp_path / "new" / "deep") == []
