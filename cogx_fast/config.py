@@ -1,6 +1,7 @@
 """What a CogVideoX transformer looks like: its configuration, and the five released ones by name.
 
-Field names, meanings and defaults are those of diffusers' ``CogVideoXTransformer3DModel`` (the keys of its ``config.json``).
+Field names, meanings and defaults are those of diffusers' ``CogVideoXTransformer3DModel``: the
+keys of its ``config.json``.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class TransformerConfig(Mapping[str, Any]):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, origin: str = "config") -> TransformerConfig:
-        """A configuration from the content of a diffusers ``config.json``; keys that begin with "_" are diffusers' notes.
+        """A configuration from the content of a diffusers ``config.json``; keys that begin with "_" are ignored.
 
         Raises:
             ConfigError: it belongs to another model class, has unknown keys, or holds impossible values.
@@ -153,7 +154,9 @@ class TransformerConfig(Mapping[str, Any]):
             raise ConfigError(f"{origin}: got a {type(data).__name__}, expected a mapping of the fields of config.json")
         class_name = data.get("_class_name", UPSTREAM_CLASS)
         if class_name != UPSTREAM_CLASS:
-            raise ConfigError(f"{origin}: _class_name is {class_name!r}, expected {UPSTREAM_CLASS!r}: this is another model")
+            raise ConfigError(
+                f"{origin}: _class_name is {class_name!r}, expected {UPSTREAM_CLASS!r}: this is another model"
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         fields = {key: value for key, value in data.items() if not str(key).startswith("_")}
         unknown = [key for key in fields if key not in known]
@@ -175,7 +178,9 @@ class TransformerConfig(Mapping[str, Any]):
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid JSON ({error}): restore the file, e.g. by downloading it again") from None
+            raise ConfigError(
+                f"{path}: not valid JSON ({error}): restore the file, e.g. by downloading it again"
+            ) from None
         return cls.from_dict(data, origin=str(path))
 
     def to_dict(self) -> dict[str, Any]:
@@ -253,14 +258,18 @@ def _check_combinations(config: TransformerConfig) -> None:
         )
     if config.ofs_embed_dim is not None and config.ofs_embed_dim != config.time_embed_dim:
         raise ConfigError(
-            f"ofs_embed_dim is {config.ofs_embed_dim} and time_embed_dim is {config.time_embed_dim}: the two embeddings "
-            "are added, so make them equal"
+            f"ofs_embed_dim is {config.ofs_embed_dim} and time_embed_dim is {config.time_embed_dim}: the two are "
+            "added, so make them equal"
         )
     for name in ("sample_height", "sample_width"):
         if getattr(config, name) < config.patch_size:
-            raise ConfigError(f"{name} is {getattr(config, name)}, less than one patch (patch_size {config.patch_size})")
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}, less than one patch (patch_size {config.patch_size})"
+            )
     if inner // 2 <= config.freq_shift:
-        raise ConfigError(f"freq_shift is {config.freq_shift}, expected less than half the model's width ({inner // 2})")
+        raise ConfigError(
+            f"freq_shift is {config.freq_shift}, expected less than half the model's width ({inner // 2})"
+        )
 
 
 def _describe_unknown(unknown: list[str], known: set[str]) -> str:

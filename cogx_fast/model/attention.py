@@ -1,4 +1,4 @@
-"""Attention: one function, named backends, and the fused query/key preparation before it.
+"""Attention: one function with named backends, and what prepares queries and keys for it.
 
 Suffixes: B batch, S joint tokens, N heads, K head width.
 """
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 Mask = Tensor | BlockMask | None
+Rotary = tuple[Tensor, Tensor]
 
 
 def _sdpa(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
@@ -83,19 +84,34 @@ def attend(q_BSNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, *, backend: str, mask
     return chosen.run(q_BSNK.transpose(1, 2), k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2), mask).transpose(1, 2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels of ``x`` by its angle (rotary positions, arXiv:2104.09864), in fp32.
+def norm_and_rotate(x_BSNK: Tensor, norm: nn.LayerNorm, rotary: Rotary | None) -> Tensor:
+    """Queries or keys: LayerNorm over K, then each pair of neighbouring channels turned by an angle (arXiv:2104.09864).
+
+    Written out over the row and the row with each pair exchanged, which have the same mean and variance: so each output
+    channel is a function of one row, and norm and rotation compile to one kernel, for queries and keys together
+    (``layer_norm`` and a rotation after it compile to two). Computed in fp32, rounded once.
 
     Args:
-        x: (..., K).
-        cos, sin: tables that broadcast to ``x``, the sine negated at even channels (``tables.join_rotary``).
+        x_BSNK: queries or keys, any strides.
+        norm: their norm, with weight and bias.
+        rotary: ``(cos_SK, sin_SK)`` from ``tables.join_rotary``, or None for no rotation.
 
     Returns:
-        As ``x``. Out of place, and each output channel is a function of two inputs of its row, which lets the compiler
-        keep norm and rotation in one kernel.
+        As ``x_BSNK``.
     """
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (x.float() * cos + swapped.float() * sin).to(x.dtype)
+    if rotary is None:
+        return norm(x_BSNK)
+    cos_S1K, sin_S1K = (table.unsqueeze(1) for table in rotary)
+    weight_K, bias_K = norm.weight.float(), norm.bias.float()
+    variance, mean = torch.var_mean(x_BSNK.float(), -1, correction=0, keepdim=True)
+    inverse_std = torch.rsqrt(variance + norm.eps)
+    normed = (x_BSNK.float() - mean) * inverse_std * weight_K + bias_K
+    swapped = (_swap_pairs(x_BSNK).float() - mean) * inverse_std * _swap_pairs(weight_K) + _swap_pairs(bias_K)
+    return (normed * cos_S1K + swapped * sin_S1K).to(x_BSNK.dtype)
 
 
-__all__ = ["BACKENDS", "Backend", "Mask", "attend", "get_backend", "rotate"]
+def _swap_pairs(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+__all__ = ["BACKENDS", "Backend", "Mask", "Rotary", "attend", "get_backend", "norm_and_rotate"]

@@ -93,8 +93,8 @@ class Modulation(nn.Module):
     """Shift, scale and gate of every block in one product.
 
     Upstream has a linear in each norm (``norm1.linear``, ``norm2.linear``); all read the same vector, so ours is their
-    rows under each other: for each block 12 vectors of D, those of norm 1 then norm 2, each as shift, scale, gate of the
-    video and shift, scale, gate of the text.
+    rows under each other: for each block 12 vectors of D, those of norm 1 then norm 2, each as shift, scale, gate of
+    the video and shift, scale, gate of the text.
     """
 
     VECTORS = 12

@@ -10,12 +10,11 @@ V video tokens, E width of text or time embedding, D model width, N heads, K hea
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.attention import Mask, attend, get_backend, rotate
+from cogx_fast.model.attention import Mask, Rotary, attend, get_backend, norm_and_rotate
 from cogx_fast.model.layers import (
     FeedForward,
     Modulate,
@@ -26,8 +25,6 @@ from cogx_fast.model.layers import (
     TimestepEmbedding,
     unpatchify,
 )
-
-Rotary = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
@@ -45,20 +42,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(config.inner_dim, config.inner_dim)])
 
     def forward(self, x_BSD: Tensor, rotary: Rotary | None, mask: Mask) -> Tensor:
-        qkv_BS3NK = self.to_qkv(x_BSD).unflatten(2, (3, self.num_heads, -1))
-        q_BSNK, k_BSNK = self._norm_and_rotate(qkv_BS3NK[:, :, :2], rotary).unbind(2)
-        out_BSNK = attend(q_BSNK, k_BSNK, qkv_BS3NK[:, :, 2], backend=self.backend, mask=mask)
+        q_BSNK, k_BSNK, v_BSNK = self.to_qkv(x_BSD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        q_BSNK = norm_and_rotate(q_BSNK, self.norm_q, rotary)
+        k_BSNK = norm_and_rotate(k_BSNK, self.norm_k, rotary)
+        out_BSNK = attend(q_BSNK, k_BSNK, v_BSNK, backend=self.backend, mask=mask)
         return self.to_out[0](out_BSNK.flatten(2))
-
-    def _norm_and_rotate(self, qk_BS2NK: Tensor, rotary: Rotary | None) -> Tensor:
-        # Queries and keys together: one pass over both, where upstream makes six.
-        weight_21K = torch.stack([self.norm_q.weight, self.norm_k.weight]).unsqueeze(1)
-        bias_21K = torch.stack([self.norm_q.bias, self.norm_k.bias]).unsqueeze(1)
-        normed_BS2NK = torch.addcmul(bias_21K, F.layer_norm(qk_BS2NK, qk_BS2NK.shape[-1:], eps=self.QK_NORM_EPS), weight_21K)
-        if rotary is None:
-            return normed_BS2NK
-        cos_S11K, sin_S11K = (table[:, None, None] for table in rotary)
-        return rotate(normed_BS2NK, cos_S11K, sin_S11K)
 
 
 class Block(nn.Module):
@@ -149,7 +137,12 @@ class CogVideoXTransformer(nn.Module):
         return self.head(x_BSD[:, text_BTE.shape[1] :], emb_BE, latents_BFCHW.shape)
 
     def embed(
-        self, latents_BFCHW: Tensor, text_BTE: Tensor, timestep_B: Tensor, ofs_B: Tensor | None, position_1SD: Tensor | None
+        self,
+        latents_BFCHW: Tensor,
+        text_BTE: Tensor,
+        timestep_B: Tensor,
+        ofs_B: Tensor | None,
+        position_1SD: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The stream before the first block ``x_BSD``, the time embedding ``emb_BE`` and ``is_text_S1``."""
         emb_BE = self.time_embedding(timestep_B, latents_BFCHW.dtype)

@@ -1,3 +1,144 @@
-"""Compilation: the only owner of torch._dynamo and torch._inductor."""
+"""Compilation: the only owner of torch._dynamo and torch._inductor. No flag is set globally."""
 
 from __future__ import annotations
+
+import functools
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from cogx_fast.model.transformer import Block, CogVideoXTransformer
+from cogx_fast.runtime.module import CogVideoXModel
+
+MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """How a model is compiled. Always as one graph: a graph break is an error, never a silent slow-down.
+
+    Raises:
+        ValueError: an unknown scope or mode.
+    """
+
+    scope: Literal["block", "model"] = "block"
+    """``block``: the block is compiled once and used for every layer; embedding and head run as they are. ``model``:
+    the whole forward is one graph; compile time grows with the layers."""
+    mode: str | None = None
+    """One of torch.compile's modes; None is ``max-autotune-no-cudagraphs`` on CUDA and ``default`` elsewhere."""
+    dynamic: bool | None = None
+    """None: sizes are fixed at first and become symbolic when they change; True: symbolic at once; False: fixed."""
+    backend: str = "inductor"
+    """The torch.compile backend; others than ``inductor`` take no mode or options."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Inductor options for this model alone, over those of the mode."""
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("block", "model"):
+            raise ValueError(f"scope is {self.scope!r}, expected 'block' or 'model'")
+        if self.mode is not None and self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}, expected None or one of {', '.join(MODES)}")
+        if self.backend != "inductor" and (self.mode or self.options):
+            raise ValueError(f"backend {self.backend!r} takes no mode or options: leave them out or use 'inductor'")
+
+
+def compile_model(model: CogVideoXModel, config: CompileConfig) -> None:
+    """Make ``model`` run compiled from its next call on, which compiles. Again with another config replaces the first.
+
+    Args:
+        model: changed in place; its modules, names and weights stay as they are.
+        config: scope and options.
+    """
+    uncompile_model(model)
+    compiled = functools.partial(
+        torch.compile,
+        fullgraph=True,
+        dynamic=config.dynamic,
+        backend=config.backend,
+        options=_inductor_options(config, model.device) if config.backend == "inductor" else None,
+    )
+    if config.scope == "model":
+        model._compiled = functools.partial(compiled(_own(CogVideoXTransformer.forward)), model)
+    else:
+        forward = compiled(_own(Block.forward))
+        for block in model.transformer_blocks:
+            block.forward = functools.partial(forward, block)
+
+
+def uncompile_model(model: CogVideoXModel) -> None:
+    """Make ``model`` run eagerly again."""
+    model._compiled = None
+    for block in model.transformer_blocks:
+        block.__dict__.pop("forward", None)
+
+
+def _own(function: types.FunctionType | Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own.
+
+    Dynamo keeps what it compiled, and counts recompiles, by code object: so each model has its own, and neither its
+    limit nor its guards are shared with other models of the process.
+    """
+    assert isinstance(function, types.FunctionType)
+    copy = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
+    )
+    copy.__kwdefaults__, copy.__defaults__ = function.__kwdefaults__, function.__defaults__
+    return copy
+
+
+def _inductor_options(config: CompileConfig, device: torch.device) -> dict[str, Any]:
+    from torch._inductor import list_mode_options
+
+    mode = config.mode or ("max-autotune-no-cudagraphs" if device.type == "cuda" else "default")
+    return {**list_mode_options(mode), **config.options}
+
+
+@dataclass
+class CompilationStats:
+    """What torch compiled while it was watched."""
+
+    graphs: int = 0
+    """Graphs captured, first ones and recompiled ones."""
+    breaks: int = 0
+    """Graph breaks."""
+    recompiles: int = 0
+    """Compilations of code that had been compiled before, for other inputs."""
+    seconds: float = 0.0
+    """Wall-clock seconds spent compiling."""
+
+
+@contextmanager
+def watch_compilation() -> Iterator[CompilationStats]:
+    """Count what torch compiles inside the ``with`` block, in this process; the numbers are there when it ends."""
+    from torch._dynamo.callback import CallbackArgs, callback_handler
+    from torch._dynamo.utils import counters
+
+    stats = CompilationStats()
+    started: list[float] = []
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+    def start(args: CallbackArgs) -> None:
+        started.append(time.perf_counter())
+        frame_compile_id = args.compile_id.rsplit("/", 1)[-1].split("_")[0]
+        stats.recompiles += frame_compile_id.isdigit() and int(frame_compile_id) > 0
+
+    def end(args: CallbackArgs) -> None:
+        stats.seconds += time.perf_counter() - started.pop()
+
+    callback_handler.register_start_callback(start)
+    callback_handler.register_end_callback(end)
+    try:
+        yield stats
+    finally:
+        callback_handler.remove_start_callback(start)
+        callback_handler.remove_end_callback(end)
+        stats.graphs = counters["stats"]["unique_graphs"] - graphs
+        stats.breaks = sum(counters["graph_break"].values()) - breaks
+
+
+__all__ = ["MODES", "CompilationStats", "CompileConfig", "compile_model", "uncompile_model", "watch_compilation"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.attention import BACKENDS, Backend, Mask, get_backend
+from cogx_fast.model.attention import BACKENDS, Backend, Mask, Rotary, get_backend
 from cogx_fast.model.masks import full_block_mask
 from cogx_fast.model.tables import Grid, join_rotary, rotary_tables, sincos_table
-from cogx_fast.model.transformer import Attention, CogVideoXTransformer, Rotary
+from cogx_fast.model.transformer import Attention, CogVideoXTransformer
 
 _TABLES_HELD = 8
 _UPSTREAM_PROCESSORS = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")
@@ -41,7 +42,7 @@ class CogVideoXModel(CogVideoXTransformer):
         super().__init__(config, attention=attention)
         self._config = config
         self._tables: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
-        self._denoise: Callable[..., Tensor] = super().forward
+        self._compiled: Callable[..., Tensor] | None = None  # set by runtime.compile in place of the traced forward
 
     @property
     def config(self) -> TransformerConfig:
@@ -93,14 +94,15 @@ class CogVideoXModel(CogVideoXTransformer):
         grid = self._check_inputs(hidden_states, encoder_hidden_states, timestep_cond, ofs)
         batch, text_len = encoder_hidden_states.shape[:2]
         device, dtype = hidden_states.device, hidden_states.dtype
-        sample = self._denoise(
+        denoise = self._compiled or super().forward
+        sample = denoise(
             hidden_states,
             encoder_hidden_states,
             _per_video("timestep", timestep, batch, device),
             None if self.ofs_embedding is None else _per_video("ofs", ofs, batch, device),
             self._rotary(grid, text_len, image_rotary_emb, device),
             self._positions(hidden_states.shape, grid, text_len, device, dtype),
-            self._mask(attention_kwargs, batch, device),
+            self._mask(attention_kwargs, batch, text_len + math.prod(grid), device),
         )
         return self._output(sample) if return_dict else (sample,)
 
@@ -118,13 +120,15 @@ class CogVideoXModel(CogVideoXTransformer):
             )
         if text.dim() != 3 or text.shape[2] != config.text_embed_dim or text.shape[0] != latents.shape[0]:
             raise ValueError(
-                f"encoder_hidden_states has shape {tuple(text.shape)}, expected (batch {latents.shape[0]}, text tokens, "
-                f"{config.text_embed_dim})"
+                f"encoder_hidden_states has shape {tuple(text.shape)}, expected (batch {latents.shape[0]}, "
+                f"text tokens, {config.text_embed_dim})"
             )
         if timestep_cond is not None:
             raise ValueError("timestep_cond is given, but no CogVideoX model has a projection for it: pass None")
         if self.ofs_embedding is not None and ofs is None:
-            raise ValueError("ofs is None, but this model (1.5 image-to-video) needs it: pass 2.0, as the pipeline does")
+            raise ValueError(
+                "ofs is None, but this model (1.5 image-to-video) needs it: pass 2.0, as the pipeline does"
+            )
         return config.grid(latents.shape[1], latents.shape[3], latents.shape[4])
 
     def _rotary(
@@ -137,12 +141,14 @@ class CogVideoXModel(CogVideoXTransformer):
                 ("rotary", grid, text_len, device),
                 lambda: join_rotary(*rotary_tables(self.config, grid, device), text_len),
             )
-        expected = (grid[0] * grid[1] * grid[2], self.config.attention_head_dim)
+        expected = (math.prod(grid), self.config.attention_head_dim)
+        if len(given) != 2:
+            raise ValueError(f"image_rotary_emb has {len(given)} parts, expected two: (cos, sin)")
         for table in given:
             if tuple(table.shape) != expected:
                 raise ValueError(
-                    f"image_rotary_emb has a table of shape {tuple(table.shape)}, expected {expected}: one row for each "
-                    f"of the {' × '.join(map(str, grid))} patches, one column for each channel of a head"
+                    f"image_rotary_emb has a table of shape {tuple(table.shape)}, expected {expected}: one row for "
+                    f"each of the {' × '.join(map(str, grid))} patches, one column for each channel of a head"
                 )
         cos, sin = given
         return join_rotary(cos.to(device), sin.to(device), text_len)
@@ -155,7 +161,7 @@ class CogVideoXModel(CogVideoXTransformer):
             return None
         if text_len > config.max_text_seq_length:
             raise ValueError(
-                f"encoder_hidden_states has {text_len} text tokens, at most {config.max_text_seq_length} have a position"
+                f"encoder_hidden_states has {text_len} text tokens, at most {config.max_text_seq_length} have positions"
             )
         if config.use_learned_positional_embeddings:
             if tuple(latents_shape[3:]) != (config.sample_height, config.sample_width):
@@ -173,7 +179,7 @@ class CogVideoXModel(CogVideoXTransformer):
             lambda: torch.nn.functional.pad(sincos_table(config, grid, device).to(dtype), (0, 0, text_len, 0))[None],
         )
 
-    def _mask(self, attention_kwargs: Mapping[str, Any] | None, batch: int, device: torch.device) -> Mask:
+    def _mask(self, attention_kwargs: Mapping[str, Any] | None, batch: int, tokens: int, device: torch.device) -> Mask:
         kwargs = dict(attention_kwargs or {})
         kwargs.pop("scale", None)
         mask = kwargs.pop("attention_mask", None)
@@ -185,21 +191,23 @@ class CogVideoXModel(CogVideoXTransformer):
         if mask is None:
             takes_block_mask = any(BACKENDS[name].masks not in (None, Tensor) for name in self.attention_backends)
             return self._held(("mask", device), lambda: full_block_mask(device)) if takes_block_mask else None
-        if mask.dim() == 2:
-            return mask[:, None, None]
-        if mask.dim() == 3:
-            return mask[:, None] if mask.shape[0] == batch else mask.unflatten(0, (batch, -1))
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected (B, S), (B, S, S) or (B · N, S, S)")
+        return _joint_mask(mask, batch, self.config.num_attention_heads, tokens)
 
     def _held(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """A table made once for each key; the least recently used of more than a few are dropped."""
+        if (
+            torch.compiler.is_compiling()
+        ):  # the caller's own torch.compile: a table is part of its graph, nothing is kept
+            return make()
         if key not in self._tables:
             while len(self._tables) >= _TABLES_HELD:
                 self._tables.popitem(last=False)
-            self._tables[key] = make()
+            with torch.inference_mode(False):  # made under inference mode it could not be trained with later
+                self._tables[key] = make()
+        self._tables.move_to_end(key)
         return self._tables[key]
 
-    # -- what else diffusers' model answers -----------------------------------------------------------------------------
+    # -- what else diffusers' model answers ----------------------------------------------------------------------------
 
     @contextmanager
     def cache_context(self, name: str, **_: Any) -> Any:
@@ -267,6 +275,27 @@ class CogVideoXModel(CogVideoXTransformer):
     def disable_gradient_checkpointing(self) -> None:
         """Keep every activation for the backward pass again."""
         self.gradient_checkpointing = False
+
+
+def _joint_mask(mask: Any, batch: int, num_heads: int, tokens: int) -> Tensor:
+    """An ``attention_mask`` of any of upstream's shapes as one that broadcasts to (B, N, S, S)."""
+    expected = (
+        f"expected a boolean or floating tensor of shape (B, S), (B, S, S) or (B · N, S, S) with B = {batch}, "
+        f"N = {num_heads}, S = {tokens} (text, then video tokens)"
+    )
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(f"attention_mask is a {getattr(mask, 'dtype', type(mask).__name__)}, {expected}")
+    shape = tuple(mask.shape)
+    if mask.dim() == 2:
+        mask = mask[:, None, None]
+    elif mask.dim() == 3 and shape[0] == batch * num_heads:
+        mask = mask.unflatten(0, (batch, num_heads))
+    elif mask.dim() == 3:
+        mask = mask[:, None]
+    sizes = ((batch,), (1, num_heads), (1, tokens), (tokens,))
+    if mask.dim() != 4 or any(size not in allowed for size, allowed in zip(mask.shape, sizes, strict=True)):
+        raise ValueError(f"attention_mask has shape {shape}, {expected}")
+    return mask
 
 
 def _per_video(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
