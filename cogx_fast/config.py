@@ -21,9 +21,12 @@ TIMESTEP_ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 
 UPSTREAM_CLASS = "CogVideoXTransformer3DModel"
 
-_OPTIONAL = {"ofs_embed_dim", "patch_size_t"}
-_NON_NEGATIVE = {"freq_shift"}
-_POSITIVE_FLOATS = {"norm_eps", "spatial_interpolation_scale", "temporal_interpolation_scale"}
+_LEAST = {"freq_shift": 0}
+"""Smallest value of an integer field; 1 where none is named."""
+_MOST = {"num_layers": 1000, "patch_size": 256, "patch_size_t": 256, "sample_height": 4096, "sample_width": 4096}
+"""Largest value of an integer field, ``_MOST_OF_ANY`` where none is named: far above every model, low enough that a
+damaged file is refused before a model of that size is built."""
+_MOST_OF_ANY = 65_536
 
 
 class ConfigError(ValueError):
@@ -100,10 +103,10 @@ class TransformerConfig(Mapping[str, Any]):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_type(field.name, str(field.type), getattr(self, field.name))
-        for name in _OPTIONAL:  # upstream takes 0 for "none"
-            if getattr(self, name) == 0:
-                object.__setattr__(self, name, None)
+            value = _check_type(field.name, str(field.type), getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        if self.ofs_embed_dim == 0:  # as upstream takes it
+            object.__setattr__(self, "ofs_embed_dim", None)
         _check_values(self)
         _check_combinations(self)
 
@@ -158,7 +161,7 @@ class TransformerConfig(Mapping[str, Any]):
                 f"{origin}: _class_name is {class_name!r}, expected {UPSTREAM_CLASS!r}: this is another model"
             )
         known = {field.name for field in dataclasses.fields(cls)}
-        fields = {key: value for key, value in data.items() if not str(key).startswith("_")}
+        fields = {str(key): value for key, value in data.items() if not str(key).startswith("_")}
         unknown = [key for key in fields if key not in known]
         if unknown:
             raise ConfigError(f"{origin}: unknown {_describe_unknown(unknown, known)}")
@@ -177,7 +180,7 @@ class TransformerConfig(Mapping[str, Any]):
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also undecodable text and numbers of thousands of digits
             raise ConfigError(
                 f"{path}: not valid JSON ({error}): restore the file, e.g. by downloading it again"
             ) from None
@@ -201,30 +204,40 @@ class TransformerConfig(Mapping[str, Any]):
     __hash__ = None  # type: ignore[assignment]  # a mapping; compare with ==
 
 
-def _check_type(name: str, annotation: str, value: Any) -> None:
+def _check_type(name: str, annotation: str, value: Any) -> Any:
+    """The value, as one of Python's own types."""
     optional = annotation.endswith("| None")
     kind = annotation.removesuffix(" | None")
     expected: dict[str, Any] = {"int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": str}
     if value is None and optional:
-        return
+        return None
     is_bool = isinstance(value, bool)
     if not isinstance(value, expected[kind]) or (is_bool and kind != "bool"):
         article = "an" if kind == "int" else "a"
         raise ConfigError(
             f"{name} is {value!r} ({type(value).__name__}), expected {article} {kind}{' or None' if optional else ''}"
         )
+    if isinstance(value, numbers.Integral):
+        return value if is_bool else int(value)
+    return float(value) if kind == "float" else value
 
 
 def _check_values(config: TransformerConfig) -> None:
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        name, value = field.name, getattr(config, field.name)
         if str(field.type).startswith("int") and value is not None:
-            least = 0 if field.name in _NON_NEGATIVE else 1
-            if value < least:
-                raise ConfigError(f"{field.name} is {value}, expected {least} or more")
-    for name in sorted(_POSITIVE_FLOATS):
-        if not 0 < getattr(config, name) < float("inf"):
-            raise ConfigError(f"{name} is {getattr(config, name)}, expected a finite number above 0")
+            least, most = _LEAST.get(name, 1), _MOST.get(name, _MOST_OF_ANY)
+            if not least <= value <= most:
+                raise ConfigError(f"{name} is {value}, expected {least} to {most}")
+    if config.inner_dim > _MOST_OF_ANY:
+        raise ConfigError(
+            f"num_attention_heads × attention_head_dim is {config.inner_dim}, expected {_MOST_OF_ANY} or less"
+        )
+    if not 0 <= config.norm_eps <= 1:
+        raise ConfigError(f"norm_eps is {config.norm_eps}, expected a small number between 0 and 1 (released: 1e-05)")
+    for name in ("spatial_interpolation_scale", "temporal_interpolation_scale"):
+        if not 0 < getattr(config, name) <= _MOST_OF_ANY:
+            raise ConfigError(f"{name} is {getattr(config, name)}, expected a number above 0, at most {_MOST_OF_ANY}")
     if not 0 <= config.dropout <= 1:
         raise ConfigError(f"dropout is {config.dropout}, expected a probability between 0 and 1")
     if config.activation_fn not in FEED_FORWARD_ACTIVATIONS:
@@ -266,10 +279,18 @@ def _check_combinations(config: TransformerConfig) -> None:
             raise ConfigError(
                 f"{name} is {getattr(config, name)}, less than one patch (patch_size {config.patch_size})"
             )
-    if inner // 2 <= config.freq_shift:
-        raise ConfigError(
-            f"freq_shift is {config.freq_shift}, expected less than half the model's width ({inner // 2})"
-        )
+        if (
+            config.use_learned_positional_embeddings
+            and config.patch_size_t
+            and getattr(config, name) % config.patch_size
+        ):
+            raise ConfigError(
+                f"{name} is {getattr(config, name)} with learned positions, which are for that size only, and with "
+                f"patch_size_t, which needs whole patches: use a multiple of patch_size ({config.patch_size})"
+            )
+    for width, half in (("the model's width", inner // 2), ("ofs_embed_dim", (config.ofs_embed_dim or 0) // 2)):
+        if 0 < half <= config.freq_shift:
+            raise ConfigError(f"freq_shift is {config.freq_shift}, expected less than half of {width} ({half})")
 
 
 def _describe_unknown(unknown: list[str], known: set[str]) -> str:
