@@ -19,6 +19,7 @@ help: ## Show this help
 	@echo "The first target that needs it sets up $(VENV) with $(PYTHON). Variables: PYTHON, ARGS."
 
 setup: $(STAMP) ## Set up .venv with the tested versions (constraints.txt)
+	@echo "$(VENV) is ready"
 
 demo: $(STAMP) ## Make a video with the tiny pipeline, beside diffusers
 	@$(BIN)/cogx-fast demo $(ARGS)

@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import cogx_fast
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cogx_fast", "quant")
@@ -88,3 +95,19 @@ def test_both_packages_are_imported_from_where_they_were_installed(installed):
 
 def test_the_console_script_gives_help(installed):
     assert "usage" in run(installed / "bin" / "cogx-fast", "--help", cwd=installed.parent).lower()
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
+def test_the_constraints_pin_every_dependency_once_and_within_its_range(python):
+    def requirements(lines):
+        parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
+        return [item for item in parsed if not item.marker or item.marker.evaluate({"python_version": python})]
+
+    pinned = requirements((ROOT / "constraints.txt").read_text().splitlines())
+    versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pinned}
+    assert len(versions) == len(pinned)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for lines in [project["dependencies"], *project["optional-dependencies"].values()]:
+        for needed in requirements(lines):
+            if needed.name != project["name"]:
+                assert needed.specifier.contains(versions[canonicalize_name(needed.name)]), needed
