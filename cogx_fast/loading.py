@@ -1,0 +1,147 @@
+"""``load``: from where the weights are to a model that is ready to run."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from cogx_fast.model.attention import get_backend
+from cogx_fast.pipelines import model_class
+from cogx_fast.weights.checkpoint import load_checkpoint
+from cogx_fast.weights.errors import CheckpointError
+from cogx_fast.weights.live import adopt
+from cogx_fast.weights.sources import ConfigLike, resolve
+
+if TYPE_CHECKING:
+    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.module import CogVideoXModel
+
+_DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
+    "fp32": torch.float32, "float32": torch.float32, "fp64": torch.float64, "float64": torch.float64,
+}  # fmt: skip
+
+
+def load(
+    source: str | os.PathLike[str] | nn.Module,
+    *,
+    config: ConfigLike | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
+    attention: str = "auto",
+    compile: bool | CompileConfig = False,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    check_finite: bool = False,
+    variant: str | None = None,
+) -> CogVideoXModel:
+    """Load a CogVideoX transformer.
+
+    Args:
+        source: a diffusers pipeline's directory or its ``transformer`` folder; a ``.safetensors`` file or the index of
+            several; a hub id; or a live model, diffusers' or ours, whose weights are shared (``weights.live.adopt``).
+        config: for files without a ``config.json`` beside them, or in its place: a configuration, a mapping, a path, or
+            the name of a released model ("5b").
+        dtype: of all weights, a ``torch.dtype`` or its name ("bf16", "fp16", "fp32"); None keeps them as stored.
+        device: where the weights go; None means the CPU for files, and where they are for a live model. On the CPU,
+            tensors that need no change stay mapped from the files (as diffusers does): do not write to a file in place
+            while a model uses it (``save_pretrained`` does not).
+        attention: the attention backend, or "auto": flex where the model is compiled for CUDA, else sdpa.
+        compile: compile the model, with the default ``CompileConfig`` or a given one.
+        revision: branch, tag or commit of a hub id.
+        cache_dir: the hub's cache, if another than huggingface_hub's own.
+        local_files_only: take a hub id from the cache only.
+        check_finite: refuse infinite and NaN weights; costs a pass over all of them.
+        variant: the ``<variant>`` in ``diffusion_pytorch_model.<variant>.safetensors``.
+
+    Returns:
+        The model, in evaluation mode, its parameters with gradients enabled as diffusers' ``from_pretrained`` leaves
+        them.
+
+    Raises:
+        CheckpointError: (a ValueError) damaged or foreign weights, or a dtype or device that is not there.
+        CheckpointNotFoundError: (also a FileNotFoundError) nothing there, or a file that belongs to it is missing.
+        ConfigError: (a ValueError) a configuration that is no CogVideoX transformer's.
+    """
+    wanted = None if dtype is None else read_dtype(dtype)
+    place = None if device is None else read_device(device)
+    if isinstance(source, nn.Module) and config is not None:
+        raise CheckpointError("config is given together with a live model, which has its own: leave it out")
+    if not isinstance(source, nn.Module | str | os.PathLike):
+        raise CheckpointError(_not_a_source(source))
+    home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
+    build = partial(model_class(), attention=_attention(attention, bool(compile), home))
+    if isinstance(source, nn.Module):
+        model = adopt(source, build, dtype=wanted, device=place, check_finite=check_finite)
+    else:
+        files = resolve(
+            source,
+            config=config,
+            variant=variant,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        model = load_checkpoint(files, build, dtype=wanted, device=home, check_finite=check_finite)
+    model.eval()
+    if compile:
+        from cogx_fast.runtime.compile import CompileConfig, compile_model
+
+        compile_model(model, CompileConfig() if compile is True else compile)
+    return model
+
+
+def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point dtype of 16 bits or more, from itself or its name.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    name = str(dtype).removeprefix("torch.").lower()
+    if name not in _DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)} or the torch dtype")
+    return _DTYPES[name]
+
+
+def read_device(device: torch.device | str | int) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        CheckpointError: unknown, not on this machine, or meta, which holds no weights.
+    """
+    try:
+        place = torch.device(device)
+        if place.type == "meta":
+            raise CheckpointError(
+                "device is meta, which holds no weights: build CogVideoXModel under torch.device('meta')"
+            )
+        return torch.empty(0, device=place).device
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"device {device!r} cannot be used ({reason}): choose one that is there, e.g. 'cpu'"
+        ) from None
+
+
+def _attention(attention: str, compiled: bool, device: torch.device) -> str:
+    if attention != "auto":
+        return get_backend(attention).name
+    return "flex" if compiled and device.type == "cuda" else "sdpa"
+
+
+def _home(source: nn.Module) -> torch.device:
+    """Where a live model is, as far as its first weight tells."""
+    return next((parameter.device for parameter in source.parameters()), torch.device("cpu"))
+
+
+def _not_a_source(source: object) -> str:
+    hint = ": pass its .transformer, or call cogx_fast.accelerate(pipe)" if hasattr(source, "transformer") else ""
+    return f"source is a {type(source).__name__}, expected a path, a hub id or a CogVideoX transformer{hint}"
+
+
+__all__ = ["load", "read_device", "read_dtype"]

@@ -1,0 +1,182 @@
+"""A model from the files of a checkpoint: everything is checked from the headers, then built on meta, then filled.
+
+Nothing is allocated before the checks have passed, each of the model's tensors is allocated once (or mapped), and a
+failure leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cogx_fast.config import TransformerConfig
+from cogx_fast.model.transformer import CogVideoXTransformer
+from cogx_fast.weights.errors import CheckpointError, some
+from cogx_fast.weights.headers import DTYPES
+from cogx_fast.weights.layout import Slot, by_our_name, our_shape, slots
+from cogx_fast.weights.reading import Maps, is_run, read
+from cogx_fast.weights.sources import Source
+
+_ADAPTER = re.compile(r"lora_|\.base_layer\.|^base_model\.|\.hada_|\.modules_to_save\.")
+_QUANTIZED = re.compile(
+    r"(absmax|quant_map|quant_state|\.SCB|qweight|qzeros|weight_scale|scale_weight|scaled_fp8|:qdata|_qdata|:scale)"
+)
+_BLOCK = re.compile(r"transformer_blocks\.(\d{1,9})\.")
+_CHECKED_AT_ONCE = 1 << 24
+
+Model = TypeVar("Model", bound=CogVideoXTransformer)
+
+
+def load_checkpoint(
+    source: Source,
+    build: Callable[[TransformerConfig], Model],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    check_finite: bool = False,
+) -> Model:
+    """Build a model and give it a checkpoint's weights.
+
+    Args:
+        source: the files.
+        build: makes the model of a configuration; called under the meta device.
+        dtype: dtype of all weights, or None to keep each as it is stored (slices of one fused tensor that differ are
+            promoted to a dtype that holds all of them exactly, with a warning).
+        device: where the weights go.
+        check_finite: look for infinities and NaN, which costs a pass over all weights.
+
+    Raises:
+        CheckpointError: damaged or foreign files; the message says what to do.
+    """
+    stored = source.headers()
+    origin = str(source.weights)
+    layout = check_tensors({name: (t.shape, t.dtype) for name, t in stored.items()}, source.config, origin)
+    groups = by_our_name(layout)
+    dtypes = {
+        name: target_dtype(name, [stored[slot.name].dtype for slot in group], dtype) for name, group in groups.items()
+    }
+    with torch.device("meta"):
+        model = build(source.config)
+    maps, pieces = Maps(), []
+    for name, group in groups.items():
+        parts, shape = [stored[slot.name] for slot in group], our_shape(source.config, group)
+        if device.type == "cpu" and DTYPES[parts[0].dtype] == dtypes[name] and is_run(parts):
+            put(model, name, maps.tensor(parts, shape))
+            continue
+        tensor = torch.empty(shape, dtype=dtypes[name], device=device)
+        put(model, name, tensor)
+        pieces += [(part, slot.view(tensor)) for part, slot in zip(parts, group, strict=True)]
+    read(pieces)
+    if check_finite:
+        check_values(model, layout, origin)
+    return model
+
+
+def check_tensors(
+    found: Mapping[str, tuple[tuple[int, ...], str]], config: TransformerConfig, origin: str
+) -> dict[str, Slot]:
+    """The layout of a configuration, if tensors of these names, shapes and stored dtypes are exactly its own.
+
+    Raises:
+        CheckpointError: they are not; the first few names are in the message.
+    """
+    _refuse_foreign(found, origin)
+    blocks = 1 + max((int(match[1]) for name in found if (match := _BLOCK.match(name))), default=-1)
+    if blocks != config.num_layers:
+        raise CheckpointError(
+            f"{origin}: holds {blocks} transformer blocks, but its config says num_layers={config.num_layers}: weights "
+            "and config are not of one model, restore them"
+        )
+    expected = slots(config)
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    wrong = [
+        f"{name} {tuple(found[name][0])} in place of {slot.shape}"
+        for name, slot in expected.items()
+        if name in found and tuple(found[name][0]) != slot.shape
+    ]
+    problems = [(missing, "are missing"), (extra, "do not belong to it"), (wrong, "have another shape")]
+    words = "; ".join(f"{len(names)} {verb}: {some(names)}" for names, verb in problems if names)
+    if words:
+        raise CheckpointError(
+            f"{origin}: its tensors are not those of its config. Of {len(expected)} tensors {words}. Restore the "
+            "files, or give the config they belong to"
+        )
+    return expected
+
+
+def _refuse_foreign(found: Mapping[str, tuple[tuple[int, ...], str]], origin: str) -> None:
+    adapters = [name for name in found if _ADAPTER.search(name)]
+    if adapters:
+        raise CheckpointError(
+            f"{origin}: holds adapter (LoRA) weights ({some(adapters, 2)}): fuse them into the model "
+            "(pipe.fuse_lora()) and unload the adapters (pipe.unload_lora_weights()) first, then save or load the model"
+        )
+    quantized = [name for name, (_, dtype) in found.items() if _QUANTIZED.search(name) or dtype not in DTYPES]
+    if quantized:
+        kinds = sorted({found[name][1] for name in quantized})
+        raise CheckpointError(
+            f"{origin}: holds quantized or unknown weights ({some(quantized, 2)}; {some(kinds)}): load the original "
+            "checkpoint in floating point and quantize it here"
+        )
+
+
+def target_dtype(name: str, stored: Iterable[str], dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of one of our tensors, made of slices of these stored dtypes.
+
+    Raises:
+        CheckpointError: 8-bit floats with no dtype to convert to.
+    """
+    if dtype is not None:
+        return dtype
+    kinds = sorted(set(stored))
+    if any(DTYPES[kind].itemsize == 1 for kind in kinds):
+        raise CheckpointError(
+            f"{name} is stored as {', '.join(kinds)}, in which nothing can be computed: pass dtype='bf16' to convert it"
+        )
+    promoted = reduce(torch.promote_types, [DTYPES[kind] for kind in kinds])
+    if len(kinds) > 1:
+        warnings.warn(
+            f"{name} is one tensor made of slices stored as {', '.join(kinds)}; it is loaded as {promoted}, which "
+            "holds all of them exactly. Pass dtype=... to choose",
+            stacklevel=2,
+        )
+    return promoted
+
+
+def put(model: nn.Module, name: str, tensor: Tensor, *, requires_grad: bool = True) -> None:
+    """Make a tensor the parameter or buffer of that name."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
+    else:
+        assert leaf in module._buffers, name
+        module._buffers[leaf] = tensor
+
+
+@torch.no_grad()
+def check_values(model: nn.Module, layout: Mapping[str, Slot], origin: str) -> None:
+    """Raise ``CheckpointError`` where a weight is infinite or NaN."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    bad = [
+        name
+        for name, slot in layout.items()
+        if not all(
+            part.isfinite().all() for part in slot.view(tensors[slot.our_name]).reshape(-1).split(_CHECKED_AT_ONCE)
+        )
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{origin}: {len(bad)} tensors hold infinite or NaN weights: {some(bad)}. Restore the files, or choose a "
+            "dtype of wider range (bfloat16 in place of float16)"
+        )
+
+
+__all__ = ["check_tensors", "check_values", "load_checkpoint", "put", "target_dtype"]

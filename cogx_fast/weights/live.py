@@ -1,0 +1,169 @@
+"""A model from the weights of another one in memory: shared where they can be, never standing twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cogx_fast.config import UPSTREAM_CLASS, TransformerConfig
+from cogx_fast.model.transformer import CogVideoXTransformer
+from cogx_fast.weights.checkpoint import Model, check_tensors, check_values, put, target_dtype
+from cogx_fast.weights.errors import CheckpointError, some
+from cogx_fast.weights.headers import NAMES
+from cogx_fast.weights.layout import Slot, by_our_name, our_shape, slots
+
+
+def adopt(
+    source: nn.Module,
+    build: Callable[[TransformerConfig], Model],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    check_finite: bool = False,
+) -> Model:
+    """Build a model on the weights of a diffusers ``CogVideoXTransformer3DModel``, or of one of our own.
+
+    Where dtype and device stay, both models share their memory afterwards: tensors that are the same in both are the
+    same storage, and where ours is one tensor for several of diffusers' it is made once and the source's parameters
+    become views of it, so the source keeps working. (Training one changes the other.) Where dtype or device change,
+    the weights are copied and the source is left as it is.
+
+    Args:
+        source: the model.
+        build: makes the model of a configuration; called under the meta device.
+        dtype: dtype of all weights, or None to keep each.
+        device: where the weights go, or None to leave them where they are.
+        check_finite: look for infinities and NaN.
+
+    Raises:
+        CheckpointError: another kind of model, or one whose weights cannot be taken; the message says what to do.
+    """
+    source = getattr(source, "_orig_mod", source)  # inside torch.compile's wrapper
+    config = model_config(source)
+    origin = f"the given {type(source).__name__}"
+    ours = isinstance(source, CogVideoXTransformer)
+    tensors = _tensors(source, origin)
+    if ours:
+        tensors = split_ours(tensors, config, origin)
+    found = {
+        name: (tuple(tensor.shape), NAMES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors.items()
+    }
+    layout = check_tensors(found, config, origin)
+    device = device or _one_device(tensors.values(), origin)
+    groups = by_our_name(layout)
+    dtypes = {
+        name: target_dtype(name, [found[slot.name][1] for slot in group], dtype) for name, group in groups.items()
+    }
+    if check_finite:
+        check_values(source, layout, origin) if ours else _check_upstream_values(tensors, layout, origin)
+    with torch.device("meta"):
+        model = build(config)
+    own = dict(source.named_parameters()) | dict(source.named_buffers())
+    for name, group in groups.items():
+        parts = [own[name]] if ours else [tensors[slot.name] for slot in group]
+        tensor = _take(parts, group, our_shape(config, group), dtypes[name], device)
+        put(model, name, tensor, requires_grad=any(part.requires_grad for part in parts))
+    return model
+
+
+def model_config(source: nn.Module) -> TransformerConfig:
+    """The configuration of a live model.
+
+    Raises:
+        CheckpointError: it is no CogVideoX transformer.
+        ConfigError: its configuration is none that this package can build.
+    """
+    known = {kind.__name__ for kind in type(source).__mro__}
+    config: Any = getattr(source, "config", None)
+    if isinstance(config, TransformerConfig):
+        return config
+    if UPSTREAM_CLASS not in known or not isinstance(config, Mapping):
+        raise CheckpointError(
+            f"got a {type(source).__name__}, expected diffusers' {UPSTREAM_CLASS}: pass the pipeline's transformer "
+            "(unwrapped from PEFT, DDP or FSDP), or where its files are"
+        )
+    return TransformerConfig.from_dict(config, origin=f"the config of the given {type(source).__name__}")
+
+
+def split_ours(tensors: Mapping[str, Tensor], config: TransformerConfig, origin: str) -> dict[str, Tensor]:
+    """Views of our model's tensors under diffusers' names and in its shapes.
+
+    Raises:
+        CheckpointError: the model's tensors are not those of its configuration (e.g. after baking or quantizing).
+    """
+    groups = by_our_name(slots(config))
+    expected = {name: our_shape(config, group) for name, group in groups.items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    different = [name for name in expected | actual if expected.get(name) != actual.get(name)]
+    if different:
+        raise CheckpointError(
+            f"{origin}: {len(different)} tensors are not those of its config: {some(different)}. A model that was "
+            "changed after loading (baked, quantized, with adapters) cannot be written or taken as it is: load it anew"
+        )
+    return {slot.name: slot.view(tensors[name].detach()) for name, group in groups.items() for slot in group}
+
+
+def _tensors(source: nn.Module, origin: str) -> dict[str, Tensor]:
+    """What the source's checkpoint would hold, as the parameters and buffers themselves."""
+    fused = [name for name, module in source.named_modules() if getattr(module, "fused_projections", False)]
+    if fused:
+        raise CheckpointError(
+            f"{origin}: its projections are fused ({some(fused, 1)}): call unfuse_qkv_projections() first"
+        )
+    persistent = source.state_dict().keys()
+    both = dict(source.named_parameters(remove_duplicate=False)) | dict(source.named_buffers(remove_duplicate=False))
+    tensors = {name: tensor for name, tensor in both.items() if name in persistent}
+    if not isinstance(source, CogVideoXTransformer):  # unfusing leaves the fused copies behind
+        tensors = {name: tensor for name, tensor in tensors.items() if ".attn1.to_qkv." not in name}
+    odd = [name for name, tensor in tensors.items() if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)]
+    if odd:
+        raise CheckpointError(
+            f"{origin}: {some(odd, 2)} are of {type(tensors[odd[0]]).__name__}, not plain tensors (quantized or "
+            "distributed weights): load the original checkpoint in floating point"
+        )
+    absent = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    if absent:
+        raise CheckpointError(
+            f"{origin}: {some(absent, 2)} hold no values (meta device): call pipe.remove_all_hooks() if the model is "
+            "offloaded, or load it with weights"
+        )
+    return tensors
+
+
+def _one_device(tensors: Any, origin: str) -> torch.device:
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise CheckpointError(
+            f"{origin}: its weights are on several devices ({names}): pass device=... to bring them to one"
+        )
+    return devices.pop()
+
+
+@torch.no_grad()
+def _take(
+    parts: list[Tensor], group: list[Slot], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Our tensor of the source's: shared, or made once and shared back, or copied."""
+    stays = all(part.dtype == dtype and part.device == device for part in parts)
+    if stays and len(parts) == 1 and parts[0].is_contiguous():
+        return parts[0].detach().view(shape)
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    views = [tensor] if len(parts) == 1 else [slot.view(tensor) for slot in group]
+    for part, view in zip(parts, views, strict=True):
+        view.copy_(part.view(view.shape) if len(parts) == 1 else part)
+        if stays:
+            part.data = view.view(part.shape)
+    return tensor
+
+
+def _check_upstream_values(tensors: Mapping[str, Tensor], layout: Mapping[str, Slot], origin: str) -> None:
+    bad = [name for name in layout if not tensors[name].isfinite().all()]
+    if bad:
+        raise CheckpointError(f"{origin}: {len(bad)} tensors hold infinite or NaN weights: {some(bad)}")
+
+
+__all__ = ["adopt", "model_config", "split_ours"]
