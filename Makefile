@@ -27,9 +27,10 @@ demo: $(STAMP) ## Make a video with the tiny pipeline, beside diffusers
 test: $(STAMP) ## Run the tests (those marked gpu or slow: ARGS="-m gpu", ARGS="-m slow")
 	@$(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP) type ## Check style, format and types
+lint: $(STAMP) ## Check style, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 type: $(STAMP) ## Check types only
 	@$(BIN)/mypy
