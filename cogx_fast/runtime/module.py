@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -255,6 +256,45 @@ class CogVideoXModel(CogVideoXTransformer):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = name
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        save_function: None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+    ) -> None:
+        """Write configuration and weights as diffusers would; unmodified diffusers loads them (``weights.save``).
+
+        Args:
+            save_directory: made if it is not there; a checkpoint in it is replaced whole, or not at all.
+            is_main_process: False writes nothing: one process of a group writes for all.
+            save_function: must be None: the files are always written in the safetensors format.
+            safe_serialization: must be True.
+            variant: the ``<variant>`` in ``diffusion_pytorch_model.<variant>.safetensors``.
+            max_shard_size: bytes in a file, a number or e.g. "5GB".
+            push_to_hub: must be False.
+
+        Raises:
+            CheckpointError: (a ValueError) an argument cannot be, or the weights are not those of the configuration.
+        """
+        from cogx_fast.weights.errors import CheckpointError
+        from cogx_fast.weights.save import save_checkpoint
+
+        if not safe_serialization or save_function is not None:
+            raise CheckpointError(
+                "safe_serialization=False or a save_function is given, but weights are written as .safetensors only, "
+                "since pickles can run any code when they are read: leave both out"
+            )
+        if push_to_hub:
+            raise CheckpointError(
+                "push_to_hub=True, but nothing is uploaded from here: save, then use huggingface_hub.upload_folder"
+            )
+        if is_main_process:
+            save_checkpoint(self, save_directory, max_shard_size=max_shard_size, variant=variant)
 
     def fuse_qkv_projections(self) -> None:
         """Nothing to do: query, key and value are one projection from the start."""

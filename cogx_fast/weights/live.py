@@ -45,7 +45,7 @@ def adopt(
     config = model_config(source)
     origin = f"the given {type(source).__name__}"
     ours = isinstance(source, CogVideoXTransformer)
-    tensors = _tensors(source, origin)
+    tensors = plain_tensors(source, origin)
     if ours:
         tensors = split_ours(tensors, config, origin)
     found = {
@@ -106,7 +106,7 @@ def split_ours(tensors: Mapping[str, Tensor], config: TransformerConfig, origin:
     return {slot.name: slot.view(tensors[name].detach()) for name, group in groups.items() for slot in group}
 
 
-def _tensors(source: nn.Module, origin: str) -> dict[str, Tensor]:
+def plain_tensors(source: nn.Module, origin: str) -> dict[str, Tensor]:
     """What the source's checkpoint would hold, as the parameters and buffers themselves."""
     fused = [name for name, module in source.named_modules() if getattr(module, "fused_projections", False)]
     if fused:

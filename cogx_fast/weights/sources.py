@@ -164,7 +164,7 @@ def _config_beside(weights: Path) -> TransformerConfig:
 
 
 def _read_shards(index: Path) -> dict[str, Stored]:
-    weight_map = _read_index(index)
+    weight_map = read_index(index)
     stored: dict[str, Stored] = {}
     for shard in sorted(set(weight_map.values())):
         if not (index.parent / shard).is_file():
@@ -182,7 +182,7 @@ def _read_shards(index: Path) -> dict[str, Stored]:
     return stored
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
