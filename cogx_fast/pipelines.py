@@ -94,7 +94,7 @@ def accelerate(pipe: Pipeline, **options: Any) -> Pipeline:
     """
     from cogx_fast.loading import load
 
-    transformer = getattr(pipe, "transformer", None)
+    transformer: Any = getattr(pipe, "transformer", None)
     if type(transformer).__name__ != UPSTREAM_CLASS:
         raise ValueError(
             f"{type(pipe).__name__} has a transformer of type {type(transformer).__name__}, expected {UPSTREAM_CLASS}: "

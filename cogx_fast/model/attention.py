@@ -23,6 +23,8 @@ def _sdpa(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
 
 
 def _flex(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
+    if v_BNSK.device.type == "cpu":  # torch 2.13's CPU kernel forgets where a view begins (pytorch/pytorch#157612)
+        v_BNSK = v_BNSK.contiguous()
     out = flex_attention(q_BNSK, k_BNSK, v_BNSK, block_mask=mask)
     assert isinstance(out, Tensor)
     return out

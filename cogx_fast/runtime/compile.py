@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,8 @@ from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.module import CogVideoXModel
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
+
+_serial = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +81,15 @@ def uncompile_model(model: CogVideoXModel) -> None:
 
 
 def _own(function: types.FunctionType | Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own.
+    """The same function with a code object and a name of its own.
 
-    Dynamo keeps what it compiled, and counts recompiles, by code object: so each model has its own, and neither its
-    limit nor its guards are shared with other models of the process.
+    Dynamo keeps what it compiled and counts recompiles by code object, and remembers which sizes changed by the
+    function's name: so each model has its own, and none starts with the limits or sizes of another of the process.
     """
     assert isinstance(function, types.FunctionType)
-    copy = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
-    )
+    name = f"{function.__name__}_{next(_serial)}"
+    code = function.__code__.replace(co_name=name)
+    copy = types.FunctionType(code, function.__globals__, name, None, function.__closure__)
     copy.__kwdefaults__, copy.__defaults__ = function.__kwdefaults__, function.__defaults__
     return copy
 

@@ -1,0 +1,156 @@
+"""What is compiled is one graph, compiled once, and computes what eager computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cogx_fast.config import TransformerConfig
+from cogx_fast.runtime.compile import CompileConfig, compile_model, uncompile_model, watch_compilation
+from cogx_fast.runtime.module import CogVideoXModel
+from tests.support import inputs, relative_error, small
+
+
+def make(config: TransformerConfig, attention: str = "sdpa") -> CogVideoXModel:
+    torch.manual_seed(0)
+    return CogVideoXModel(config, attention=attention).eval()
+
+
+def call(model: CogVideoXModel, arguments: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        output: torch.Tensor = model(**arguments, return_dict=False)[0]
+    return output
+
+
+@pytest.fixture(scope="module", params=["sdpa", "flex"])
+def compiled(request: pytest.FixtureRequest) -> tuple[CogVideoXModel, CogVideoXModel]:
+    """A compiled model and the same one in eager mode (with sdpa: flex's eager path is a slow reference of its own)."""
+    config = small("5b", num_layers=3)
+    model, eager = make(config, request.param), make(config)
+    eager.load_state_dict(model.state_dict())
+    compile_model(model, CompileConfig())
+    return model, eager
+
+
+def test_one_graph_over_timesteps_prompts_and_repeated_calls(compiled: tuple[CogVideoXModel, CogVideoXModel]) -> None:
+    model, eager = compiled
+    with watch_compilation() as stats:
+        for seed, timestep in enumerate([(999, 999), (500, 500), (20, 20), (1, 1)]):
+            arguments = inputs(model.config, seed=seed) | {"timestep": torch.tensor(timestep)}
+            assert relative_error(call(model, arguments), call(eager, arguments)) <= 1e-5
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert stats.seconds > 0
+
+
+def test_given_tables_and_other_text_lengths_of_the_same_total_reuse_the_graph(
+    compiled: tuple[CogVideoXModel, CogVideoXModel],
+) -> None:
+    model, eager = compiled
+    call(model, inputs(model.config))
+    from tests.support import pipeline_rotary
+
+    arguments = inputs(model.config, seed=5)
+    with watch_compilation() as stats:
+        rotary = pipeline_rotary(model.config, arguments["hidden_states"])
+        actual = call(model, arguments | {"image_rotary_emb": rotary})
+    assert relative_error(actual, call(eager, arguments)) <= 1e-5
+    assert stats.graphs == 0
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_both_scopes_equal_eager_in_bf16_within_rounding(scope: Any) -> None:
+    config = small("1.5-5b-i2v")
+    model = make(config)
+    arguments = inputs(config)
+    exact = call(model, arguments)
+    model.to(torch.bfloat16)
+    half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in arguments.items()}
+    eager_error = relative_error(call(model, half), exact)
+    compile_model(model, CompileConfig(scope=scope))
+    with watch_compilation() as stats:
+        compiled_error = relative_error(call(model, half), exact)
+    assert (stats.graphs, stats.breaks) == (1, 0)
+    assert compiled_error <= 1.05 * eager_error
+
+
+def test_gradients_of_a_compiled_model_equal_eager_ones() -> None:
+    config = small("2b")
+    model, eager = make(config), make(config)
+    compile_model(model, CompileConfig())
+    for each in (model, eager):
+        each(**inputs(config), return_dict=False)[0].square().mean().backward()
+    gradients = {name: (ours.grad, eager.get_parameter(name).grad) for name, ours in model.named_parameters()}
+    largest = max(theirs.norm() for _, theirs in gradients.values())
+    for name, (ours, theirs) in gradients.items():  # a bias of the keys has none in exact arithmetic
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-8 * largest, name
+
+
+def test_each_model_has_a_cache_of_its_own() -> None:
+    """More models than Dynamo's limit of recompiles of one code object (8) compile in one process."""
+    for width in range(1, 11):
+        model = make(small("5b", num_attention_heads=width, num_layers=1))
+        compile_model(model, CompileConfig(backend="eager"))
+        with watch_compilation() as stats:
+            call(model, inputs(model.config, batch=1))
+        assert (stats.graphs, stats.recompiles) == (1, 0)
+
+
+def test_uncompile_runs_eagerly_again() -> None:
+    model = make(small("5b"))
+    for scope in ("block", "model"):
+        compile_model(model, CompileConfig(scope=scope, backend="eager"))
+        uncompile_model(model)
+        with watch_compilation() as stats:
+            call(model, inputs(model.config))
+        assert stats.graphs == 0
+
+
+def test_compiling_changes_no_name_or_weight() -> None:
+    model = make(small("5b"))
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    compile_model(model, CompileConfig(backend="eager"))
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+
+
+# -- the watch sees what it must see -----------------------------------------------------------------------------------
+
+
+def test_watch_sees_a_recompile_for_another_size() -> None:
+    model = make(small("5b", num_layers=1))
+    compile_model(model, CompileConfig(backend="eager"))
+    with watch_compilation() as stats:
+        call(model, inputs(model.config))
+        call(model, inputs(model.config, height=8))
+    assert stats.recompiles == 1
+    assert stats.graphs == 2
+
+
+def test_a_graph_break_is_an_error_not_a_slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cogx_fast.model import transformer
+
+    def breaks(*args: Any, **kwargs: Any) -> Any:
+        torch._dynamo.graph_break()
+        return attend(*args, **kwargs)
+
+    attend = transformer.attend
+    monkeypatch.setattr(transformer, "attend", breaks)
+    model = make(small("5b"))
+    compile_model(model, CompileConfig(backend="eager"))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        call(model, inputs(model.config))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scope": "layer"}, "scope is 'layer'"),
+        ({"mode": "fastest"}, "mode is 'fastest'"),
+        ({"backend": "eager", "mode": "default"}, "takes no mode"),
+        ({"backend": "eager", "options": {"max_autotune": True}}, "takes no mode"),
+    ],
+)
+def test_bad_configs_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompileConfig(**options)
