@@ -90,14 +90,25 @@ def default_video(config: TransformerConfig, *, spatial_factor: int = RELEASED_S
     )
 
 
-def check_video(
-    config: TransformerConfig, video: VideoSize, *, spatial_factor: int = RELEASED_SPATIAL_FACTOR
+def choose_video(
+    config: TransformerConfig,
+    *,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    spatial_factor: int = RELEASED_SPATIAL_FACTOR,
 ) -> VideoSize:
-    """The same size, if this model can make a video of it.
+    """The size that is asked for, with the model's own where nothing is.
 
     Raises:
-        ValueError: it cannot; the message names the nearest sizes that it can.
+        ValueError: the model cannot make a video of that size; the message names the nearest sizes that it can.
     """
+    own = default_video(config, spatial_factor=spatial_factor)
+    video = VideoSize(
+        frames=own.frames if frames is None else frames,
+        height=own.height if height is None else height,
+        width=own.width if width is None else width,
+    )
     step = spatial_factor * config.patch_size
     for name, size in (("height", video.height), ("width", video.width)):
         if size < step or size % step:
@@ -107,13 +118,11 @@ def check_video(
         raise ValueError(
             f"frames is {video.frames}, expected {ratio}·k + 1 (k = 0, 1, 2, …): {_nearest(video.frames, ratio, 1)}"
         )
-    if config.use_learned_positional_embeddings:
-        only = default_video(config, spatial_factor=spatial_factor)
-        if (video.height, video.width) != (only.height, only.width):
-            raise ValueError(
-                f"size is {video.height} × {video.width}, but this model has learned positions: it makes "
-                f"{only.height} × {only.width} videos only"
-            )
+    if config.use_learned_positional_embeddings and (video.height, video.width) != (own.height, own.width):
+        raise ValueError(
+            f"size is {video.height} × {video.width}, but this model has learned positions: it makes "
+            f"{own.height} × {own.width} videos only"
+        )
     return video
 
 
@@ -122,10 +131,11 @@ def count_tokens(
 ) -> Tokens:
     """Tokens of one video; latent frames that do not fill a patch in time are padded, as the pipelines pad them.
 
-    Raises:
-        ValueError: the model cannot make a video of that size.
+    Args:
+        config: the model's configuration.
+        video: a size that ``choose_video`` gave.
+        spatial_factor: pixels along a latent pixel's side.
     """
-    check_video(config, video, spatial_factor=spatial_factor)
     frames = (video.frames - 1) // config.temporal_compression_ratio + 1
     if config.patch_size_t is not None:
         frames = -(-frames // config.patch_size_t) * config.patch_size_t

@@ -176,6 +176,7 @@ def _cell_size(width: int, height: int) -> tuple[int, int]:
 
 
 def _fit(text: str, font: Any, width: float) -> str:
+    text = text.replace("×", "x")  # which pillow's own font lacks
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

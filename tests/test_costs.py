@@ -140,5 +140,5 @@ def test_quantized_linears_take_about_half() -> None:
 def test_sizes_that_cannot_be(name: str, size: tuple[int, int, int], message: str) -> None:
     frames, height, width = size
     with pytest.raises(ValueError, match=r"expected|only") as caught:
-        costs.count_tokens(PRESETS[name], costs.VideoSize(frames=frames, height=height, width=width))
+        costs.choose_video(PRESETS[name], frames=frames, height=height, width=width)
     assert str(caught.value) == message

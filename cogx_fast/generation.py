@@ -1,0 +1,216 @@
+"""Opening a pipeline with this package's transformer, and one timed run of a pipeline."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cogx_fast.config import TransformerConfig
+from cogx_fast.costs import VideoSize
+from cogx_fast.locate import Model
+from cogx_fast.optional import require
+from cogx_fast.video import Frames
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+TEXT_TO_VIDEO, IMAGE_TO_VIDEO = "CogVideoXPipeline", "CogVideoXImageToVideoPipeline"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to generate."""
+
+    prompt: str
+    size: VideoSize
+    negative_prompt: str = ""
+    steps: int = 50
+    seed: int = 0
+    guidance: float = 6.0
+    image: Any = None
+    """A ``PIL.Image`` to start from, for image-to-video."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run and its times, in seconds."""
+
+    frames: Frames | None
+    """``(F, H, W, 3)`` between 0 and 1, or None where only latents were asked for."""
+    first_step: float
+    """From the prompt to the end of the first denoising step, with compilation if it comes there."""
+    steps: Sequence[float]
+    """Every denoising step after the first."""
+    total: float
+    """From prompt to frames."""
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or CUDA where there is one and else the CPU.
+
+    Raises:
+        CheckpointError: (a ValueError) there is no such device here.
+    """
+    from cogx_fast.loading import read_device
+
+    return read_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def check_pipeline(model: Model, *, with_image: bool) -> None:
+    """See that a pipeline can be run from a prompt, or from a prompt and an image.
+
+    Raises:
+        ValueError: it is of another class, or an image is missing or of no use.
+    """
+    if model.pipeline_class not in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO):
+        raise ValueError(
+            f"{model.name!r} is a {model.pipeline_class}; this command runs {TEXT_TO_VIDEO} and {IMAGE_TO_VIDEO}: "
+            "use cogx_fast.accelerate(pipe) in Python for others"
+        )
+    takes_image = model.pipeline_class == IMAGE_TO_VIDEO
+    if takes_image and not with_image:
+        raise ValueError(f"{model.name!r} makes videos from an image: give one with --image")
+    if with_image and not takes_image:
+        raise ValueError(
+            f"{model.name!r} makes videos from text alone: leave --image out, or use an image-to-video model"
+        )
+
+
+def overflow_warning(config: TransformerConfig, dtype: torch.dtype | None) -> str | None:
+    """What to tell who asks for fp16 with a 5b or 1.5 model; None otherwise."""
+    is_large = config.use_rotary_positional_embeddings and config.inner_dim >= 3072
+    if dtype != torch.float16 or not is_large:
+        return None
+    return "fp16 overflows in CogVideoX 5b and 1.5 models (black or broken videos): use --dtype bf16, their own"
+
+
+def open_pipeline(
+    model: Model, *, dtype: torch.dtype | None, device: torch.device, attention: str = "auto", compile: bool = False
+) -> Any:
+    """A diffusers pipeline of the model's class, with this package's transformer in it.
+
+    Args:
+        model: a pipeline.
+        dtype: of every part, or None for the transformer's stored one.
+        device: where to run.
+        attention: attention backend.
+        compile: compile the transformer on its first call.
+
+    Raises:
+        MissingDependencyError: diffusers or transformers is not installed.
+        ValueError, OSError: the weights cannot be loaded (``cogx_fast.load``).
+    """
+    diffusers = require("diffusers", why="to run pipelines")
+    require("transformers", why="to run pipelines")
+    from cogx_fast.loading import load
+
+    assert model.location is not None
+    transformer = load(model.location, dtype=dtype, device=device, attention=attention, compile=compile)
+    pipeline_class = getattr(diffusers, str(model.pipeline_class))
+    pipe = pipeline_class.from_pretrained(model.location, transformer=transformer, torch_dtype=transformer.dtype)
+    return quiet(pipe.to(device))
+
+
+def quiet(pipe: Any) -> Any:
+    """The same pipeline without its own progress bar: the command line has one."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def read_image(path: str | Path) -> Any:
+    """A picture as ``PIL.Image`` in RGB.
+
+    Raises:
+        OSError: there is none, or it cannot be read as one.
+    """
+    image_module = require("PIL.Image", why="to read images")
+    try:
+        with image_module.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image {str(path)!r} is not there") from None
+    except image_module.UnidentifiedImageError:
+        raise OSError(f"image {str(path)!r} cannot be read as a picture: give a .png or .jpg") from None
+
+
+def truncation_warning(pipe: Any, prompt: str) -> str | None:
+    """What to tell whose prompt is longer than the model reads; None where it is not."""
+    limit = pipe.transformer.config.max_text_seq_length
+    ids = pipe.tokenizer(prompt, verbose=False).input_ids
+    if len(ids) <= limit:
+        return None
+    rest = pipe.tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True)
+    return f"the prompt has {len(ids)} tokens and this model reads {limit}: it does not see {rest!r}"
+
+
+def run_pipeline(
+    pipe: Any, request: Request, *, decode: bool = True, on_step: Callable[[int], None] | None = None
+) -> Run:
+    """Run a pipeline once, from seed to frames, and time its denoising steps.
+
+    Initial latents come from a CPU generator, so that a seed means the same on every device.
+
+    Args:
+        pipe: a CogVideoX pipeline.
+        request: what to generate.
+        decode: also decode the latents to frames.
+        on_step: called after each denoising step with the number of steps done.
+    """
+    device = pipe.transformer.device
+    ends: list[float] = []
+
+    def after_step(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        _synchronize(device)
+        ends.append(time.perf_counter())
+        if on_step is not None:
+            on_step(step + 1)
+        return tensors
+
+    arguments: dict[str, Any] = {} if request.image is None else {"image": request.image}
+    begin = time.perf_counter()
+    with torch.no_grad():
+        frames = pipe(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            height=request.size.height,
+            width=request.size.width,
+            num_frames=request.size.frames,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            generator=torch.Generator().manual_seed(request.seed),
+            max_sequence_length=pipe.transformer.config.max_text_seq_length,
+            callback_on_step_end=after_step,
+            output_type="np" if decode else "latent",
+            **arguments,
+        ).frames
+    _synchronize(device)
+    return Run(
+        frames=np.asarray(frames[0], dtype=np.float32) if decode else None,
+        first_step=ends[0] - begin,
+        steps=[after - before for before, after in itertools.pairwise(ends)],
+        total=time.perf_counter() - begin,
+    )
+
+
+def median_step(runs: Sequence[Run]) -> float | None:
+    """The median denoising step of all runs in seconds, without each run's first; None if there was no other."""
+    steps = [seconds for run in runs for seconds in run.steps]
+    return statistics.median(steps) if steps else None
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+__all__ = [
+    "DTYPES", "Request", "Run", "check_pipeline", "choose_device", "median_step", "open_pipeline",
+    "overflow_warning", "quiet", "read_image", "run_pipeline", "truncation_warning",
+]  # fmt: skip
