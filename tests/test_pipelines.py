@@ -126,19 +126,30 @@ def test_pipe_to_casts_the_model(pipe: Any) -> None:
     assert psnr(generate(other), generate(pipe)) > 20
 
 
-@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_cpu_offload_works_enabled_before_and_after(pipe: Any, offload: str, when: str) -> None:
+def test_model_cpu_offload_works_enabled_before_and_after(pipe: Any, when: str) -> None:
     expected = generate(pipe)
     other = type(pipe)(**{name: copy.deepcopy(part) for name, part in pipe.components.items()})
     other.set_progress_bar_config(disable=True)
     if when == "before":
-        getattr(other, offload)(device="cpu")
+        other.enable_model_cpu_offload(device="cpu")
     cogx_fast.accelerate(other)
     if when == "after":
-        getattr(other, offload)(device="cpu")
-    assert any(hasattr(module, "_hf_hook") for module in other.transformer.modules())
+        other.enable_model_cpu_offload(device="cpu")
+    assert hasattr(other.transformer, "_hf_hook")
     assert_same_video(generate(other), expected)
+    assert_same_video(generate(other), expected)  # the hooks are applied anew after each call
+
+
+def test_offload_module_by_module_works(pipe: Any) -> None:
+    """What ``enable_sequential_cpu_offload`` does to the transformer (with T5 it fails on a machine without a GPU)."""
+    import accelerate
+
+    ours = swapped(pipe)
+    expected = generate(ours)
+    accelerate.cpu_offload(ours.transformer, torch.device("cpu"))
+    assert {p.device.type for p in ours.transformer.parameters()} == {"meta"}, "weights are held by the hooks"
+    np.testing.assert_array_equal(generate(ours), expected)
 
 
 def test_the_progress_bar_counts_steps_as_before(pipe: Any, capfd: pytest.CaptureFixture[str]) -> None:

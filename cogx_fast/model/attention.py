@@ -86,34 +86,29 @@ def attend(q_BSNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, *, backend: str, mask
     return chosen.run(q_BSNK.transpose(1, 2), k_BSNK.transpose(1, 2), v_BSNK.transpose(1, 2), mask).transpose(1, 2)
 
 
-def norm_and_rotate(x_BSNK: Tensor, norm: nn.LayerNorm, rotary: Rotary | None) -> Tensor:
+class RotaryNorm(nn.LayerNorm):
     """Queries or keys: LayerNorm over K, then each pair of neighbouring channels turned by an angle (arXiv:2104.09864).
 
     Written out over the row and the row with each pair exchanged, which have the same mean and variance: so each output
     channel is a function of one row, and norm and rotation compile to one kernel, for queries and keys together
     (``layer_norm`` and a rotation after it compile to two). Computed in fp32, rounded once.
-
-    Args:
-        x_BSNK: queries or keys, any strides.
-        norm: their norm, with weight and bias.
-        rotary: ``(cos_SK, sin_SK)`` from ``tables.join_rotary``, or None for no rotation.
-
-    Returns:
-        As ``x_BSNK``.
     """
-    if rotary is None:
-        return norm(x_BSNK)
-    cos_S1K, sin_S1K = (table.unsqueeze(1) for table in rotary)
-    weight_K, bias_K = norm.weight.float(), norm.bias.float()
-    variance, mean = torch.var_mean(x_BSNK.float(), -1, correction=0, keepdim=True)
-    inverse_std = torch.rsqrt(variance + norm.eps)
-    normed = (x_BSNK.float() - mean) * inverse_std * weight_K + bias_K
-    swapped = (_swap_pairs(x_BSNK).float() - mean) * inverse_std * _swap_pairs(weight_K) + _swap_pairs(bias_K)
-    return (normed * cos_S1K + swapped * sin_S1K).to(x_BSNK.dtype)
+
+    def forward(self, x_BSNK: Tensor, rotary: Rotary | None) -> Tensor:  # type: ignore[override]  # it takes angles too
+        """As ``x_BSNK`` (any strides); ``rotary`` is from ``tables.join_rotary``, None for no rotation."""
+        if rotary is None:
+            return super().forward(x_BSNK)
+        cos_S1K, sin_S1K = (table.unsqueeze(1) for table in rotary)
+        weight_K, bias_K = self.weight.float(), self.bias.float()
+        variance, mean = torch.var_mean(x_BSNK.float(), -1, correction=0, keepdim=True)
+        inverse_std = torch.rsqrt(variance + self.eps)
+        normed = (x_BSNK.float() - mean) * inverse_std * weight_K + bias_K
+        swapped = (_swap_pairs(x_BSNK).float() - mean) * inverse_std * _swap_pairs(weight_K) + _swap_pairs(bias_K)
+        return (normed * cos_S1K + swapped * sin_S1K).to(x_BSNK.dtype)
 
 
 def _swap_pairs(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
-__all__ = ["BACKENDS", "Backend", "Mask", "Rotary", "attend", "get_backend", "norm_and_rotate"]
+__all__ = ["BACKENDS", "Backend", "Mask", "Rotary", "RotaryNorm", "attend", "get_backend"]

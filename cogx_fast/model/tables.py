@@ -61,7 +61,7 @@ def join_rotary(cos_VK: Tensor, sin_VK: Tensor, text_len: int) -> tuple[Tensor, 
     """Tables of the joint stream from those of the video: text rows turn by nothing.
 
     The sine of each even channel is negated, so that a rotation is ``x * cos + swap(x) * sin`` where ``swap`` exchanges
-    the two channels of each pair (see ``attention.norm_and_rotate``).
+    the two channels of each pair (see ``attention.RotaryNorm``).
 
     Args:
         cos_VK, sin_VK: tables of the video tokens, of any floating dtype.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.attention import Mask, Rotary, attend, get_backend, norm_and_rotate
+from cogx_fast.model.attention import Mask, Rotary, RotaryNorm, attend, get_backend
 from cogx_fast.model.layers import (
     FeedForward,
     Modulate,
@@ -37,14 +37,13 @@ class Attention(nn.Module):
         self.backend = get_backend(backend).name
         self.num_heads = config.num_attention_heads
         self.to_qkv = nn.Linear(config.inner_dim, 3 * config.inner_dim, bias=config.attention_bias)
-        self.norm_q = nn.LayerNorm(config.attention_head_dim, self.QK_NORM_EPS)
-        self.norm_k = nn.LayerNorm(config.attention_head_dim, self.QK_NORM_EPS)
+        self.norm_q = RotaryNorm(config.attention_head_dim, self.QK_NORM_EPS)
+        self.norm_k = RotaryNorm(config.attention_head_dim, self.QK_NORM_EPS)
         self.to_out = nn.ModuleList([nn.Linear(config.inner_dim, config.inner_dim)])
 
     def forward(self, x_BSD: Tensor, rotary: Rotary | None, mask: Mask) -> Tensor:
         q_BSNK, k_BSNK, v_BSNK = self.to_qkv(x_BSD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        q_BSNK = norm_and_rotate(q_BSNK, self.norm_q, rotary)
-        k_BSNK = norm_and_rotate(k_BSNK, self.norm_k, rotary)
+        q_BSNK, k_BSNK = self.norm_q(q_BSNK, rotary), self.norm_k(k_BSNK, rotary)
         out_BSNK = attend(q_BSNK, k_BSNK, v_BSNK, backend=self.backend, mask=mask)
         return self.to_out[0](out_BSNK.flatten(2))
 
