@@ -37,6 +37,7 @@ def download(
             f"{hub_id}: no such file or directory, and to look for it on the hub huggingface_hub is needed: "
             "pip install 'cogx-fast[hub]'"
         ) from None
+    transport = errors.HfHubHTTPError.__bases__  # the HTTP library's errors, whichever one the version uses
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -52,7 +53,7 @@ def download(
             f"{hub_id}: no such directory here, and no such repository or revision ({revision or 'main'}) on the hub: "
             f"check the spelling, or log in if it is private ({_line(error)})"
         ) from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except (*transport, errors.HFValidationError, OSError) as error:
         state = "local_files_only=True" if local else "the hub cannot be reached"
         raise CheckpointNotFoundError(
             f"{hub_id}: no such directory here, not in the hub's cache, and {state}: go online once to download it "

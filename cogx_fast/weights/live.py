@@ -108,7 +108,8 @@ def split_ours(tensors: Mapping[str, Tensor], config: TransformerConfig, origin:
 
 def plain_tensors(source: nn.Module, origin: str) -> dict[str, Tensor]:
     """What the source's checkpoint would hold, as the parameters and buffers themselves."""
-    fused = [name for name, module in source.named_modules() if getattr(module, "fused_projections", False)]
+    processors = {name: getattr(module, "processor", None) for name, module in source.named_modules()}
+    fused = [name for name, processor in processors.items() if type(processor).__name__.startswith("Fused")]
     if fused:
         raise CheckpointError(
             f"{origin}: its projections are fused ({some(fused, 1)}): call unfuse_qkv_projections() first"

@@ -113,7 +113,7 @@ class _Saving:
         sync_directory(self.directory)
         for path in self._stale():
             path.unlink(missing_ok=True)
-        self.forget()
+        _remove_leftovers(self.directory)
 
     def _replace_shards(self, shards: list[list[str]], total_bytes: int) -> None:
         """New shards over old ones of the same names, of which the index in force must never see a mixture."""
