@@ -1,4 +1,4 @@
-"""Position tables: pure functions of a grid, in fp32.
+"""Position tables: pure functions of a grid.
 
 They are computed once per grid and held, so that the compiled graph only reads them. Each equals what diffusers'
 pipelines and ``CogVideoXPatchEmbed`` compute (``models/embeddings.py``, ``pipelines/cogvideo``).
@@ -80,7 +80,8 @@ def join_rotary(cos_VK: Tensor, sin_VK: Tensor, text_len: int) -> tuple[Tensor, 
 def sincos_table(config: TransformerConfig, grid: Grid, device: torch.device | None = None) -> Tensor:
     """The sin-cos positions that are added to the video tokens of models without rotary ones (2b).
 
-    A quarter of the D channels encodes time, the rest column and row in halves; angles are computed in float64.
+    A quarter of the D channels encodes time, the rest column and row in halves. In float64, as upstream has them: they
+    are rounded once, to the dtype of the stream.
 
     Args:
         config: the model's configuration.
@@ -88,14 +89,14 @@ def sincos_table(config: TransformerConfig, grid: Grid, device: torch.device | N
         device: where to make it.
 
     Returns:
-        ``position_VD``, fp32.
+        ``position_VD``, float64.
     """
     frames, height, width = grid
     dim = config.inner_dim
 
     def encode(length: int, channels: int, scale: float) -> Tensor:
         positions = torch.arange(length, device=device, dtype=torch.float32) / scale
-        omega = THETA ** -(torch.arange(channels // 2, device=device, dtype=torch.float64) / (channels / 2.0))
+        omega = 1.0 / THETA ** (torch.arange(channels // 2, device=device, dtype=torch.float64) / (channels / 2.0))
         angles = torch.outer(positions.double(), omega)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -109,7 +110,7 @@ def sincos_table(config: TransformerConfig, grid: Grid, device: torch.device | N
         ],
         dim=-1,
     )
-    return position_FHWD.flatten(0, 2).float()
+    return position_FHWD.flatten(0, 2)
 
 
 def _angles(positions: Tensor, channels: int) -> Tensor:

@@ -1,0 +1,189 @@
+"""Attention backends against a plain softmax in float64; the norm and rotation before it; masks and errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from cogx_fast.model.attention import BACKENDS, Backend, RotaryNorm, attend, get_backend
+from cogx_fast.model.masks import full_block_mask
+from cogx_fast.model.tables import join_rotary
+from tests.model.pairs import TOLERANCE, call, copy_of, pair
+from tests.support import relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+def qkv(
+    tokens: int = 37, *, batch: int = 2, heads: int = 3, width: int = 64, dtype: torch.dtype = torch.float32
+) -> Triple:
+    """Queries, keys and values as slices of one product, as the model hands them over."""
+    product = torch.randn(batch, tokens, 3, heads, width, generator=torch.Generator().manual_seed(0))
+    q, k, v = (1.5 * product).to(dtype).unbind(2)
+    return q, k, v
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q · kᵀ / √K) · v, in float64."""
+    scores = torch.einsum("bsnk,btnk->bnst", q.double(), k.double()) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
+    return torch.einsum("bnst,btnk->bsnk", scores.softmax(-1), v.double())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 37, 128, 200])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_is_softmax_attention(backend: str, tokens: int) -> None:
+    q, k, v = qkv(tokens)
+    out = attend(q, k, v, backend=backend)
+    assert out.shape == q.shape
+    assert relative_error(out, plain(q, k, v)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_keeps_the_dtype_and_rounds_little(backend: str, dtype: torch.dtype) -> None:
+    q, k, v = qkv(200, dtype=dtype)
+    out = attend(q, k, v, backend=backend)
+    assert out.dtype == dtype
+    assert relative_error(out, plain(q, k, v)) <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 37), (2, 1, 37, 37), (2, 3, 37, 37), (1, 1, 1, 37)])
+def test_sdpa_takes_masks_that_broadcast(shape: tuple[int, ...], boolean: bool) -> None:
+    q, k, v = qkv()
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    mask = noise > -0.5 if boolean else noise
+    assert relative_error(attend(q, k, v, backend="sdpa", mask=mask), plain(q, k, v, mask)) <= TOLERANCE
+
+
+def test_flex_takes_a_block_mask() -> None:
+    q, k, v = qkv(200)
+    allowed = (torch.arange(200)[:, None] - torch.arange(200)[None]).abs() < 50
+    mask = create_block_mask(lambda b, h, i, j: (i - j).abs() < 50, None, None, 200, 200, device="cpu")
+    assert relative_error(attend(q, k, v, backend="flex", mask=mask), plain(q, k, v, allowed[None, None])) <= TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [1, 37, 128, 300])
+def test_full_block_mask_hides_nothing_for_any_number_of_tokens(tokens: int) -> None:
+    mask = full_block_mask("cpu")
+    q, k, v = qkv(tokens)
+    assert isinstance(mask, BlockMask)
+    assert relative_error(attend(q, k, v, backend="flex", mask=mask), plain(q, k, v)) <= TOLERANCE
+
+
+def test_compiled_flex_with_the_full_mask_is_softmax_attention() -> None:
+    q, k, v = qkv(150, width=32)
+    compiled = torch.compile(lambda q, k, v, mask: attend(q, k, v, backend="flex", mask=mask), fullgraph=True)
+    mask = full_block_mask("cpu")
+    assert relative_error(compiled(q, k, v, mask), plain(q, k, v)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["2b", "5b"])
+def test_model_with_flex_is_the_model_with_sdpa(name: str) -> None:
+    both = pair(name)
+    flex = copy_of(both.theirs, both.config, attention="flex")
+    arguments = call(both.config)
+    with torch.no_grad():
+        assert relative_error(flex(**arguments).sample, both.ours(**arguments).sample) <= TOLERANCE
+        with pytest.raises(ValueError, match="'flex' takes BlockMask, got a Tensor"):
+            flex(**arguments, attention_kwargs={"attention_mask": torch.ones(2, 128)})
+
+
+@pytest.mark.parametrize(
+    ("backend", "mask", "message"),
+    [
+        ("sdpa", full_block_mask("cpu"), "'sdpa' takes Tensor, got a BlockMask: choose another"),
+        ("flex", torch.ones(1, 1, 1, 37), "'flex' takes BlockMask, got a Tensor: choose another"),
+        ("flash", None, "'flash' is not known: choose one of sdpa, flex"),
+        ("SDPA", None, "'SDPA' is not known"),
+    ],
+)
+def test_wrong_backend_or_mask_is_named(backend: str, mask: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attend(*qkv(), backend=backend, mask=mask)
+
+
+def test_a_backend_without_masks_refuses_every_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = Backend(name="bare", run=lambda q, k, v, mask: v, exact=False, masks=None)
+    monkeypatch.setitem(BACKENDS, "bare", bare)
+    assert get_backend("bare") is bare
+    q, k, v = qkv()
+    assert torch.equal(attend(q, k, v, backend="bare"), v)
+    with pytest.raises(ValueError, match="'bare' takes no mask, got a Tensor"):
+        attend(q, k, v, backend="bare", mask=torch.ones(1, 1, 1, 37))
+
+
+# -- norm and rotation ------------------------------------------------------------------------------------------------
+
+Tables = tuple[Tensor, Tensor]
+TEXT_LEN = 5
+
+
+def norm_and_tables(tokens: int = 37) -> tuple[RotaryNorm, Tables]:
+    generator = torch.Generator().manual_seed(2)
+    norm = RotaryNorm(64, 1e-6)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(64, generator=generator))
+        norm.bias.copy_(torch.randn(64, generator=generator))
+    cos, sin = torch.randn(2, tokens - TEXT_LEN, 64, generator=generator)
+    return norm, (cos, sin)
+
+
+def upstreams(x: Tensor, norm: nn.LayerNorm, tables: Tables) -> Tensor:
+    """Norm in x's dtype, then upstream's rotation of the video tokens, whose fp32 is float64 for float64 tables."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    normed = F.layer_norm(x, (64,), norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps).transpose(1, 2)
+    text, video = normed[:, :, :TEXT_LEN], normed[:, :, TEXT_LEN:]
+    return torch.cat([text, apply_rotary_emb(video, tables)], dim=2).transpose(1, 2)
+
+
+def exactly(x: Tensor, norm: nn.LayerNorm, tables: Tables) -> Tensor:
+    """The same in float64."""
+    weight, bias, x = norm.weight.double(), norm.bias.double(), x.double()
+    normed = F.layer_norm(x, (64,), weight, bias, norm.eps)
+    swapped = torch.stack([-normed[..., 1::2], normed[..., 0::2]], dim=-1).flatten(-2)
+    cos, sin = (table.double()[:, None] for table in tables)
+    turned = normed[:, TEXT_LEN:] * cos + swapped[:, TEXT_LEN:] * sin
+    return torch.cat([normed[:, :TEXT_LEN], turned], dim=1)
+
+
+def test_norm_and_rotation_are_upstreams_in_fp32() -> None:
+    norm, tables = norm_and_tables()
+    x = qkv()[1]
+    ours = norm(x, join_rotary(*tables, text_len=TEXT_LEN))
+    assert relative_error(ours, upstreams(x, norm, tables)) <= 1e-6
+    assert relative_error(ours, exactly(x, norm, tables)) <= 1e-6
+    assert torch.equal(norm(x, None), F.layer_norm(x, (64,), norm.weight, norm.bias, norm.eps))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norm_and_rotation_round_once(dtype: torch.dtype) -> None:
+    """Nearer to the exact result than upstream, which rounds between norm and rotation."""
+    norm, tables = norm_and_tables()
+    norm.to(dtype)
+    x = qkv(dtype=dtype)[1]
+    exact = exactly(x, norm, tables)
+    ours = norm(x, join_rotary(*tables, text_len=TEXT_LEN))
+    assert ours.dtype == dtype
+    assert relative_error(ours, exact) < 0.9 * relative_error(upstreams(x, norm, tables), exact)
+    assert relative_error(ours, exact.to(dtype)) < 0.2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
+def test_norm_is_stable_for_rows_far_from_zero(offset: float) -> None:
+    norm, tables = norm_and_tables()
+    x = qkv()[1] + offset
+    exact = exactly(x, norm, tables)
+    ours = relative_error(norm(x, join_rotary(*tables, text_len=TEXT_LEN)), exact)
+    assert ours <= max(1e-6, 1.05 * relative_error(upstreams(x, norm, tables), exact))
