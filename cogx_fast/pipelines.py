@@ -95,10 +95,10 @@ def accelerate(pipe: Pipeline, **options: Any) -> Pipeline:
     from cogx_fast.loading import load
 
     transformer: Any = getattr(pipe, "transformer", None)
-    if type(transformer).__name__ != UPSTREAM_CLASS:
+    if not isinstance(transformer, nn.Module):
         raise ValueError(
-            f"{type(pipe).__name__} has a transformer of type {type(transformer).__name__}, expected {UPSTREAM_CLASS}: "
-            "pass a diffusers CogVideoX pipeline (before torch.compile, which this replaces)"
+            f"{type(pipe).__name__} has no transformer (got {transformer!r}), expected {UPSTREAM_CLASS}: pass a "
+            "diffusers CogVideoX pipeline"
         )
     _refuse_hooks(transformer)
     offload = _remove_cpu_offload(pipe)

@@ -189,9 +189,22 @@ def test_a_deep_copy_is_independent(pipe: Any) -> None:
 # -- what must be refused ----------------------------------------------------------------------------------------------
 
 
-def test_accelerate_refuses_what_is_no_cogvideox_pipeline() -> None:
+def test_accelerate_refuses_what_is_no_cogvideox_pipeline(pipe: Any) -> None:
     with pytest.raises(ValueError, match="expected CogVideoXTransformer3DModel"):
         cogx_fast.accelerate(object())
+    other = type(pipe)(**pipe.components)
+    other.transformer = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="expected diffusers' CogVideoXTransformer3DModel"):
+        cogx_fast.accelerate(other)
+
+
+def test_accelerating_twice_keeps_one_set_of_weights(pipe: Any) -> None:
+    ours = swapped(pipe)
+    first = ours.transformer
+    again = cogx_fast.accelerate(ours, compile=cogx_fast.CompileConfig(backend="eager")).transformer
+    assert again is not first
+    assert again.proj_out.weight.data_ptr() == first.proj_out.weight.data_ptr()
+    assert_same_video(generate(ours), generate(pipe))
 
 
 def test_accelerate_refuses_a_transformer_with_diffusers_hooks() -> None:

@@ -195,7 +195,7 @@ class CogVideoXModel(CogVideoXTransformer):
         return _joint_mask(mask, batch, self.config.num_attention_heads, tokens)
 
     def _held(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """A table made once for each key; the least recently used of more than a few are dropped."""
+        """A table made once for each key; the oldest of more than a few are dropped."""
         if (
             torch.compiler.is_compiling()
         ):  # the caller's own torch.compile: a table is part of its graph, nothing is kept
