@@ -128,8 +128,7 @@ def _generate(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[s
     from cogx_fast.runtime.compile import watch_compilation
 
     out = video.check_writable(arguments.out, ".mp4")
-    for module in ("imageio.v2", "imageio_ffmpeg"):
-        require(module, why="to write videos")
+    require("imageio_ffmpeg", why="to write videos")
     model = locate_pipeline(arguments.model)
     generation.check_pipeline(model, with_image=arguments.image is not None)
     size = choose_video(
@@ -150,6 +149,7 @@ def _generate(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[s
     pipe = generation.open_pipeline(model, dtype=dtype, device=device, attention=arguments.attention, compile=compiled)
     load_seconds = time.perf_counter() - begin
     notes = [
+        generation.length_warning(model.config, size),
         generation.overflow_warning(model.config, pipe.transformer.dtype),
         generation.truncation_warning(pipe, arguments.prompt),
     ]
@@ -207,13 +207,16 @@ def _seconds(run: Run, load: float, compiling: float) -> dict[str, float | None]
 
 
 def _render_generated(report: dict[str, Any]) -> str:
+    from cogx_fast.costs import VideoSize
+
     seconds = report["seconds"]
-    steps = f"{report['steps']} steps"
+    size = VideoSize(frames=report["frames"], height=report["height"], width=report["width"])
+    steps = f"{report['steps']} step" + ("s" if report["steps"] != 1 else "")
     if seconds["median_step"] is not None:
-        steps += f" of {seconds['median_step']:.3g} s (the first {seconds['first_step']:.3g} s)"
+        steps += f" of {seconds['median_step']:.3g} s (prompt to first step {seconds['first_step']:.3g} s)"
     compiled = f", compiled in {seconds['compile']:.1f} s" if report["compiled"] else ""
     return (
-        f"{report['out']}: {report['frames']} frames, {report['height']} × {report['width']}, {report['fps']} fps\n"
+        f"{report['out']}: {size}, {report['fps']} fps\n"
         f"{seconds['total']:.1f} s: {steps}, {report['dtype']} on {report['device']}{compiled}; "
         f"loading took {seconds['load']:.1f} s"
     )

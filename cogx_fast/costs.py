@@ -51,7 +51,7 @@ class VideoSize:
     width: int
 
     def __str__(self) -> str:
-        return f"{self.frames} frames, {self.height} × {self.width}"
+        return f"{self.frames} frame{'s' if self.frames != 1 else ''}, {self.height} × {self.width}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ def run_demo(
         progress: where to show how far it is.
 
     Raises:
-        MissingDependencyError: diffusers, transformers, imageio or pillow is not installed.
+        MissingDependencyError: diffusers, transformers, imageio-ffmpeg or pillow is not installed.
         OSError: ``out`` cannot be written.
     """
     from cogx_fast.runtime.compile import watch_compilation

@@ -140,6 +140,22 @@ def read_image(path: str | Path) -> Any:
         raise OSError(f"image {str(path)!r} cannot be read as a picture: give a .png or .jpg") from None
 
 
+def length_warning(config: TransformerConfig, size: VideoSize) -> str | None:
+    """What to tell who asks for a length that CogVideoX's VAE cannot give; None where it can.
+
+    Its decoder takes the first of an odd number of latent frames alone, as one frame; of an even number it makes
+    ``temporal_compression_ratio`` frames from each.
+    """
+    ratio = config.temporal_compression_ratio
+    latent_frames = (size.frames - 1) // ratio + 1
+    if latent_frames % 2:
+        return None
+    return (
+        f"the VAE makes {latent_frames * ratio} frames where {size.frames} are asked for, for it decodes latent frames "
+        f"in pairs: ask for {size.frames - ratio} or {size.frames + ratio}"
+    )
+
+
 def truncation_warning(pipe: Any, prompt: str) -> str | None:
     """What to tell whose prompt is longer than the model reads; None where it is not."""
     limit = pipe.transformer.config.max_text_seq_length
@@ -211,6 +227,6 @@ def _synchronize(device: torch.device) -> None:
 
 
 __all__ = [
-    "DTYPES", "Request", "Run", "check_pipeline", "choose_device", "median_step", "open_pipeline",
+    "DTYPES", "Request", "Run", "check_pipeline", "choose_device", "length_warning", "median_step", "open_pipeline",
     "overflow_warning", "quiet", "read_image", "run_pipeline", "truncation_warning",
 ]  # fmt: skip

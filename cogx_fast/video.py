@@ -5,10 +5,11 @@ Frames are arrays of shape (F, H, W, 3): uint8, or floats between 0 and 1 as the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,31 +70,35 @@ def write_video(path: str | os.PathLike[str], frames: Frames, *, fps: int) -> No
         fps: frames a second.
 
     Raises:
-        MissingDependencyError: imageio or its ffmpeg is not installed.
+        MissingDependencyError: imageio-ffmpeg is not installed.
         OSError: the place cannot be written.
     """
-    imageio = require("imageio.v2", why="to write videos")
-    require("imageio_ffmpeg", why="to write videos")
+    ffmpeg = require("imageio_ffmpeg", why="to write videos")
+    height, width = frames.shape[1:3]
     with _replacing(path) as temporary:
-        writer = imageio.get_writer(
-            temporary, fps=fps, codec="libx264", quality=_QUALITY, macro_block_size=1, ffmpeg_log_level="error"
+        writer = ffmpeg.write_frames(
+            str(temporary), (width, height), fps=fps, codec="libx264", quality=_QUALITY, macro_block_size=1
         )
-        with writer:
+        with contextlib.closing(writer):
+            writer.send(None)
             for frame in to_bytes(frames):
-                writer.append_data(frame)
+                writer.send(np.ascontiguousarray(frame))
 
 
 def read_video(path: str | os.PathLike[str]) -> Frames:
     """Every frame of a video file, ``(F, H, W, 3)`` uint8.
 
     Raises:
-        MissingDependencyError: imageio or its ffmpeg is not installed.
+        MissingDependencyError: imageio-ffmpeg is not installed.
         OSError: there is no such file, or it is no video.
     """
-    imageio = require("imageio.v2", why="to read videos")
-    require("imageio_ffmpeg", why="to read videos")
-    with imageio.get_reader(path, format="FFMPEG") as reader:
-        return np.stack(list(reader.iter_data()))
+    ffmpeg = require("imageio_ffmpeg", why="to read videos")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"video {str(path)!r} is not there")
+    with warnings.catch_warnings(), contextlib.closing(ffmpeg.read_frames(str(path))) as reader:
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its pipes to the garbage collector
+        width, height = next(reader)["size"]
+        return np.stack([np.frombuffer(frame, dtype=np.uint8).reshape(height, width, 3) for frame in reader])
 
 
 def psnr(actual: Frames, expected: Frames) -> float:
@@ -184,7 +189,7 @@ def _fit(text: str, font: Any, width: float) -> str:
     return text.rstrip() + "…"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file to write beside ``path`` that takes its place at the end, and is gone after an error."""
     path = Path(path)

@@ -50,6 +50,14 @@ def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "video.mp4").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
+def test_files_that_are_no_video(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        video.read_video(tmp_path / "video.mp4")
+    (tmp_path / "video.mp4").write_text("no video")
+    with pytest.raises(OSError, match=r"."):
+        video.read_video(tmp_path / "video.mp4")
+
+
 def test_psnr() -> None:
     frames = np.full((2, 4, 4, 3), 0.5, dtype=np.float32)
     assert video.psnr(frames, frames) == float("inf")

@@ -1,0 +1,45 @@
+"""What every test session shares: a cache of its own, and one compiled run of the demo."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run of the command line."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_cli(*arguments: str | Path) -> Finished:
+    """The command line in this process, as if piped."""
+    from cogx_fast.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(argument) for argument in arguments])
+    return Finished(status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tiny pipeline is made anew for the session, not taken from (or left in) the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COGX_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
+    """A short compiled run of ``cogx-fast demo --json``, and where it wrote."""
+    out = tmp_path_factory.mktemp("demo")
+    return run_cli("demo", "--steps", "4", "--rounds", "1", "--out", out, "--json"), out

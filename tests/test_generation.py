@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cogx_fast.config import PRESETS
+from cogx_fast.costs import VideoSize
+from cogx_fast.generation import Request, Run, median_step, open_pipeline, overflow_warning, run_pipeline
+from cogx_fast.locate import locate_pipeline
+
+REQUEST = Request(prompt="a seven", size=VideoSize(frames=1, height=64, width=64), steps=2)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return open_pipeline(locate_pipeline("tiny"), dtype=None, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def first(pipe: Any) -> Run:
+    return run_pipeline(pipe, REQUEST)
+
+
+def test_a_run_and_its_times(first: Run) -> None:
+    assert first.frames is not None
+    assert (first.frames.shape, first.frames.dtype) == ((1, 64, 64, 3), np.float32)
+    assert len(first.steps) == 1
+    assert 0 < first.first_step + first.steps[0] < first.total
+
+
+def test_the_same_request_gives_the_same_video(pipe: Any, first: Run) -> None:
+    assert np.array_equal(run_pipeline(pipe, REQUEST).frames, first.frames)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"guidance": 1.0}, {"negative_prompt": "a six"}, {"steps": 3}, {"prompt": "a six"}], ids=str
+)
+def test_everything_in_a_request_counts(pipe: Any, first: Run, change: dict[str, Any]) -> None:
+    assert not np.array_equal(run_pipeline(pipe, dataclasses.replace(REQUEST, **change)).frames, first.frames)
+
+
+def test_latents_alone_and_every_step_is_reported(pipe: Any) -> None:
+    done: list[int] = []
+    run = run_pipeline(pipe, dataclasses.replace(REQUEST, steps=3), decode=False, on_step=done.append)
+    assert run.frames is None
+    assert done == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_fp16_is_warned_of_where_it_overflows(name: str) -> None:
+    warning = overflow_warning(PRESETS[name], torch.float16)
+    assert (warning is not None) == (name not in ("2b", "tiny"))
+    assert overflow_warning(PRESETS[name], torch.bfloat16) is None
+    assert overflow_warning(PRESETS[name], None) is None
+
+
+def test_the_first_step_is_not_in_the_median() -> None:
+    runs = [Run(frames=None, first_step=100.0, steps=steps, total=1.0) for steps in ([1.0, 9.0], [2.0])]
+    assert median_step(runs) == 2.0
+    assert median_step([Run(frames=None, first_step=100.0, steps=[], total=1.0)]) is None
