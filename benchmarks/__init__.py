@@ -1,0 +1,1 @@
+"""Benchmarks and the gates that hold performance; not part of the installed package."""

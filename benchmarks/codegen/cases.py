@@ -1,0 +1,112 @@
+"""What is compiled: transformer blocks of the released models at full size, ours and diffusers'.
+
+A case names a function that builds a module and its arguments, so that another process can do it. The function runs
+where tensors are made on the GPU in the case's dtype and, without a GPU, hold no values.
+
+Suffixes: B batch, S joint tokens, T text tokens, D model width, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
+
+Sdpa = Literal["cudnn", "flash", "efficient"]
+MODELS = ("2b", "5b", "1.5-5b")
+BATCH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One module to compile with its arguments."""
+
+    name: str
+    build: str
+    """``package.module:function``, which returns ``(module, arguments)``."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of ``build``, as JSON can hold them."""
+    sdpa: Sdpa | None = None
+    """The kernel that ``scaled_dot_product_attention`` becomes. torch asks a real device which to take and, with none,
+    would take the one without a kernel; so a case that calls it must state it."""
+    dtype: str = "bfloat16"
+    layers: int = 1
+    """How often a step runs the module."""
+
+    def make(self) -> tuple[Any, tuple[Any, ...]]:
+        """Build the module and its arguments."""
+        module, _, function = self.build.partition(":")
+        build: Callable[..., tuple[Any, tuple[Any, ...]]] = getattr(import_module(module), function)
+        return build(**self.arguments)
+
+
+def _sizes(preset: str, tokens: int | None) -> tuple[Any, int]:
+    """The model's configuration, and S of the video it is made for unless given."""
+    from cogx_fast import costs
+    from cogx_fast.config import PRESETS
+
+    config = PRESETS[preset]
+    return config, tokens or costs.count_tokens(config, costs.default_video(config)).joint
+
+
+def _rotary(config: Any, rows: int) -> Any:
+    import torch
+
+    if not config.use_rotary_positional_embeddings:
+        return None
+    return tuple(torch.empty(rows, config.attention_head_dim, dtype=torch.float32) for _ in range(2))
+
+
+def our_block(preset: str, attention: str, tokens: int | None = None, batch: int = BATCH) -> tuple[Any, Any]:
+    """Our block, given one layer's rows of the modulation of all layers."""
+    import torch
+
+    from cogx_fast.model.masks import full_block_mask
+    from cogx_fast.model.transformer import Block
+
+    config, rows = _sizes(preset, tokens)
+    mod_B12D = torch.empty(batch, config.num_layers, 12, config.inner_dim)[:, 1]
+    is_text_S1 = torch.empty(rows, 1, dtype=torch.bool)
+    mask = full_block_mask("cuda") if attention == "flex" else None
+    x_BSD = torch.empty(batch, rows, config.inner_dim)
+    return Block(config, attention).eval(), (x_BSD, mod_B12D, is_text_S1, _rotary(config, rows), mask)
+
+
+def diffusers_block(preset: str, tokens: int | None = None, batch: int = BATCH) -> tuple[Any, Any]:
+    """diffusers' ``CogVideoXBlock``, given text, video and time embedding."""
+    import torch
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+
+    config, rows = _sizes(preset, tokens)
+    text, dim = config.max_text_seq_length, config.inner_dim
+    block = CogVideoXBlock(
+        dim, config.num_attention_heads, config.attention_head_dim, config.time_embed_dim,
+        attention_bias=config.attention_bias, norm_eps=config.norm_eps,
+    )  # fmt: skip
+    video_BVD, text_BTD = torch.empty(batch, rows - text, dim), torch.empty(batch, text, dim)
+    emb_BE = torch.empty(batch, config.time_embed_dim)
+    return block.eval(), (video_BVD, text_BTD, emb_BE, _rotary(config, rows - text))
+
+
+def _case(model: str, owner: str, attention: str) -> Case:
+    from cogx_fast.config import PRESETS
+
+    arguments = {"preset": model} | (
+        {"attention": "flex" if attention == "flex" else "sdpa"} if owner == "ours" else {}
+    )
+    return Case(
+        name=f"{model}/{owner}/{attention}",
+        build=f"{__name__}:{'our' if owner == 'ours' else 'diffusers'}_block",
+        arguments=arguments,
+        sdpa=None if attention == "flex" else "cudnn",
+        layers=PRESETS[model].num_layers,
+    )
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for model in MODELS
+    for case in (_case(model, "ours", "cudnn"), _case(model, "ours", "flex"), _case(model, "diffusers", "cudnn"))
+}
+"""Every gated case by name: model/whose block/attention kernel."""
