@@ -70,11 +70,9 @@ def join_rotary(cos_VK: Tensor, sin_VK: Tensor, text_len: int) -> tuple[Tensor, 
     Returns:
         ``(cos_SK, sin_SK)``, fp32.
     """
+    signed_VK = torch.stack([-sin_VK[:, 0::2], sin_VK[:, 1::2]], dim=-1).flatten(1)
     cos_SK = torch.nn.functional.pad(cos_VK.float(), (0, 0, text_len, 0), value=1.0)
-    sin_SK = torch.nn.functional.pad(sin_VK.float(), (0, 0, text_len, 0))
-    sign_K = torch.ones(sin_SK.shape[-1], device=sin_SK.device)
-    sign_K[::2] = -1.0
-    return cos_SK, sin_SK * sign_K
+    return cos_SK, torch.nn.functional.pad(signed_VK.float(), (0, 0, text_len, 0))
 
 
 def sincos_table(config: TransformerConfig, grid: Grid, device: torch.device | None = None) -> Tensor:

@@ -1,0 +1,181 @@
+"""What the compiler sees is one graph: nothing breaks it, nothing is read back from the device, nothing is in place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cogx_fast.model.transformer import CogVideoXTransformer
+from tests.model.pairs import TOLERANCE, call, copy_of, pair
+from tests.support import RELEASED, inputs, relative_error
+
+
+class Captured:
+    """A torch.compile backend that keeps the graphs it is given and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        self.graphs.append(graph)
+        return graph.forward
+
+    def operations(self) -> Counter[str]:
+        """How often each function or method is called, also in graphs within the graph."""
+        nodes = [
+            node for graph in self.graphs for module in graph.modules() for node in getattr(module, "graph", ()).nodes
+        ]
+        called = [node for node in nodes if node.op in ("call_function", "call_method")]
+        return Counter(getattr(node.target, "__name__", str(node.target)) for node in called)
+
+
+class Operations(TorchDispatchMode):
+    """Records every ATen operation that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def core_call(name: str, backend: str = "sdpa") -> tuple[Any, dict[str, Any]]:
+    """A model and what its outer forward hands to the traced one."""
+    both = pair(name)
+    model = copy_of(both.theirs, both.config, attention=backend)
+    handed: dict[str, Any] = {}
+    names = ("latents_BFCHW", "text_BTE", "timestep_B", "ofs_B", "rotary", "position_1SD", "mask")
+
+    def record(*arguments: Any) -> Tensor:
+        handed.update(zip(names, arguments, strict=True))
+        return CogVideoXTransformer.forward(model, *arguments)
+
+    model._compiled = record
+    with torch.no_grad():
+        model(**inputs(both.config))
+    model._compiled = None
+    return model, handed
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_traced_forward_is_one_graph_with_one_attention_a_layer_and_nothing_in_place(name: str) -> None:
+    model, handed = core_call(name)
+    captured = Captured()
+    compiled = torch.compile(CogVideoXTransformer.forward, fullgraph=True, backend=captured)
+    with torch.no_grad():
+        expected = CogVideoXTransformer.forward(model, **handed)
+        assert relative_error(compiled(model, **handed), expected) <= TOLERANCE
+        compiled(model, **handed | {"timestep_B": torch.tensor([3, 4])})
+    assert len(captured.graphs) == 1
+
+    operations, layers, ofs = captured.operations(), model.config.num_layers, model.config.ofs_embed_dim is not None
+    assert operations["scaled_dot_product_attention"] == layers
+    assert operations["cat"] == 2 + ofs  # text and video, once; cosines and sines of the timestep
+    # a linear for each: patch, text, time 2, modulation, output norm, output; query-key-value, output, feed-forward 2
+    assert operations["linear"] == 7 + 4 * layers + 2 * ofs
+    assert operations["item"] == operations["contiguous"] == operations["clone"] == operations["setitem"] == 0
+    assert [name for name in operations if name.endswith("_") and not name.endswith("__")] == []
+
+
+@pytest.mark.parametrize("name", ["2b", "5b"])
+def test_traced_forward_with_checkpointing_is_one_graph(name: str) -> None:
+    model, handed = core_call(name)
+    model.enable_gradient_checkpointing()
+    captured = Captured()
+    compiled = torch.compile(CogVideoXTransformer.forward, fullgraph=True, backend=captured)
+    compiled(model, **handed).square().sum().backward()
+    assert len(captured.graphs) == 1
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    CogVideoXTransformer.forward(model, **handed).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert relative_error(found[name], parameter.grad) <= TOLERANCE or name.endswith("norm_k.bias"), name
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", RELEASED)
+def test_eager_call_reads_nothing_back_and_writes_nothing_in_place(name: str, training: bool) -> None:
+    model = copy_of(pair(name).theirs, pair(name).config).train(training)
+    arguments = call(model.config)
+    with torch.set_grad_enabled(training):
+        model(**arguments)  # tables are made here
+        with Operations() as operations:
+            model(**arguments)
+    assert torch.ops.aten._local_scalar_dense.default not in operations.seen
+    assert {str(function) for function in operations.seen if function._schema.is_mutable} == set()
+    assert torch.ops.aten.addmm.default in operations.seen  # the record is not empty
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_callers_own_compile_of_the_whole_module_is_one_graph(name: str) -> None:
+    both = pair(name)
+    model = copy_of(both.theirs, both.config)
+    arguments = call(both.config)
+    tables = arguments.pop("image_rotary_emb")
+    captured = Captured()
+    compiled = torch.compile(model, fullgraph=True, backend=captured)
+    with torch.no_grad():
+        expected = both.theirs(**arguments, image_rotary_emb=tables).sample
+        for given in (tables, None):
+            output = compiled(**arguments, image_rotary_emb=given, return_dict=False)[0]
+            assert relative_error(output, expected) <= TOLERANCE
+        graphs = len(captured.graphs)
+        assert graphs == (1 if tables is None else 2)  # with tables and without
+        for timestep in (7, 900):
+            again = arguments | {"timestep": torch.tensor([timestep, timestep])}
+            output = compiled(**again, image_rotary_emb=None, return_dict=False)[0]
+            assert relative_error(output, both.theirs(**again, image_rotary_emb=tables).sample) <= TOLERANCE
+        eager = model(**arguments).sample  # holds tables now, which must not invalidate the graph
+        assert relative_error(eager, expected) <= TOLERANCE
+        compiled(**arguments, image_rotary_emb=None, return_dict=False)
+    assert len(captured.graphs) == graphs
+    assert captured.operations()["item"] == 0
+
+
+@pytest.mark.parametrize("name", ["2b", "5b"])
+def test_callers_own_compile_follows_changing_sizes(name: str) -> None:
+    both = pair(name)
+    compiled = torch.compile(copy_of(both.theirs, both.config), fullgraph=True, backend=Captured())
+    for size in [{}, {"height": 6}, {"width": 8, "frames": 2, "batch": 1}]:
+        arguments = inputs(both.config, **size)
+        with torch.no_grad():
+            output = compiled(**arguments, return_dict=False)[0]
+            assert relative_error(output, both.ours(**arguments).sample) <= TOLERANCE
+
+
+def test_callers_own_compile_trains() -> None:
+    both = pair("5b")
+    model, reference = copy_of(both.theirs, both.config), copy_of(both.theirs, both.config)
+    compiled = torch.compile(model, fullgraph=True, backend=Captured())
+    arguments = inputs(both.config)
+    for run in (compiled, reference):
+        run(**arguments, return_dict=False)[0].square().sum().backward()
+    for (name, ours), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert relative_error(ours.grad, expected.grad) <= TOLERANCE, name
+
+
+def test_flex_is_one_graph_with_the_mask_as_an_input() -> None:
+    model, handed = core_call("5b", backend="flex")
+    assert handed["mask"] is not None
+    captured = Captured()
+    with torch.no_grad():
+        torch.compile(CogVideoXTransformer.forward, fullgraph=True, backend=captured)(model, **handed)
+    assert len(captured.graphs) == 1
+    operations = captured.operations()
+    assert operations["flex_attention"] == model.config.num_layers
+    assert operations["scaled_dot_product_attention"] == operations["ones"] == operations["zeros"] == 0
