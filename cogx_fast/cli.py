@@ -259,7 +259,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument("--out", default="out/demo", metavar="DIR", help="where to write (default: %(default)s)")
     command.add_argument("--rounds", type=_count, default=3, help="timed runs of each, in turns (default: %(default)s)")
     command.add_argument("--dtype", choices=_DTYPE_NAMES, default="fp32", help="default: %(default)s")
-    _add_sampling(command, steps=50)
+    _add_sampling(command, steps=25)
     _add_running(command, compile_default=True, compile_help="compile the transformer (default)")
 
 

@@ -50,6 +50,7 @@ def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "video.mp4").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # imageio-ffmpeg: pipes left to the garbage collector
 def test_files_that_are_no_video(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not there"):
         video.read_video(tmp_path / "video.mp4")
