@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from tests.model.pairs import TOLERANCE, call, pair, to_dtype
+from tests.model.pairs import TOLERANCE, call, copy_of, pair, to_dtype
 from tests.support import RELEASED, relative_error
 
 HALF = (torch.bfloat16, torch.float16)
@@ -40,7 +40,7 @@ def test_error_against_fp32_is_no_larger_than_upstreams(name: str, dtype: torch.
 @pytest.mark.parametrize("name", ["5b", "1.5-5b"])
 def test_tables_stay_fp32_under_to(name: str, dtype: torch.dtype) -> None:
     """Built tables give the very output of the pipeline's fp32 ones, and not that of rounded ones."""
-    model = copy.deepcopy(pair(name).ours).to(dtype)
+    model = copy_of(pair(name).theirs, pair(name).config).to(dtype)
     arguments = to_dtype(call(model.config), dtype)
     tables = arguments.pop("image_rotary_emb")
     assert {table.dtype for table in tables} == {torch.float32}
@@ -57,7 +57,7 @@ def test_tables_stay_fp32_under_to(name: str, dtype: torch.dtype) -> None:
 
 
 def test_sincos_positions_are_rounded_as_upstream_rounds_them() -> None:
-    model = copy.deepcopy(pair("2b").ours).bfloat16()
+    model = copy_of(pair("2b").theirs, pair("2b").config).bfloat16()
     theirs = copy.deepcopy(pair("2b").theirs).bfloat16()
     arguments = to_dtype(call(model.config), torch.bfloat16)
     with torch.no_grad():
