@@ -20,7 +20,7 @@ from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.weights.errors import CheckpointError, some
 from cogx_fast.weights.headers import DTYPES
 from cogx_fast.weights.layout import Slot, by_our_name, our_shape, slots
-from cogx_fast.weights.reading import Maps, is_run, read
+from cogx_fast.weights.reading import Maps, announce, is_run, read
 from cogx_fast.weights.sources import Source
 
 _ADAPTER = re.compile(r"lora_|\.base_layer\.|^base_model\.|\.hada_|\.modules_to_save\.")
@@ -61,6 +61,7 @@ def load_checkpoint(
     dtypes = {
         name: target_dtype(name, [stored[slot.name].dtype for slot in group], dtype) for name, group in groups.items()
     }
+    announce({tensor.path for tensor in stored.values()})
     with torch.device("meta"):
         model = build(source.config)
     maps, pieces = Maps(), []

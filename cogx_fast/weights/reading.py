@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,6 +40,15 @@ class Maps:
         count = sum(stored.nbytes for stored in run) // DTYPES[run[0].dtype].itemsize
         mapped = torch.frombuffer(self._maps[path], dtype=DTYPES[run[0].dtype], count=count, offset=run[0].offset)
         return mapped.view(shape)
+
+
+def announce(paths: Iterable[Path]) -> None:
+    """Have the system start to read files that it does not hold in memory yet, where it takes such advice."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def is_run(run: Sequence[Stored]) -> bool:
@@ -132,4 +141,4 @@ def _fill(readinto: object, buffer: memoryview, chunk: _Chunk) -> None:
         buffer = buffer[count:]
 
 
-__all__ = ["Maps", "is_run", "read"]
+__all__ = ["Maps", "announce", "is_run", "read"]

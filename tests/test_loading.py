@@ -1,0 +1,97 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cogx_fast
+from cogx_fast.loading import read_device, read_dtype
+from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
+from tests.support import inputs, relative_error, small, upstream
+
+
+@pytest.fixture
+def source():
+    return upstream(small("5b"))
+
+
+def test_import_brings_none_of_the_optional_libraries():
+    code = (
+        "import sys, cogx_fast; heavy = {'diffusers', 'transformers', 'torchao', 'huggingface_hub', 'accelerate'}; "
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", torch.int64, torch.float8_e4m3fn, "", 16, "complex64"])
+def test_dtypes_that_are_none(dtype, source):
+    with pytest.raises(CheckpointError, match="expected one of bf16"):
+        cogx_fast.load(source, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "BF16", "bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_dtypes_by_name(dtype):
+    assert read_dtype(dtype) is torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "", 99, 1.5])
+def test_devices_that_are_not_there(device, source):
+    with pytest.raises(CheckpointError, match="device"):
+        cogx_fast.load(source, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_one(tmp_path, source):
+    source.save_pretrained(tmp_path)
+    for thing in (source, tmp_path):
+        with pytest.raises(CheckpointError, match=r"device 'cuda' cannot be used.*'cpu'"):
+            cogx_fast.load(thing, device="cuda")
+
+
+def test_device_by_name():
+    assert read_device("cpu") == torch.device("cpu")
+
+
+def test_attention(source):
+    assert set(cogx_fast.load(source).attention_backends) == {"sdpa"}
+    assert set(cogx_fast.load(source, attention="flex").attention_backends) == {"flex"}
+    with pytest.raises(ValueError, match="choose one of"):
+        cogx_fast.load(source, attention="fast")
+
+
+def test_auto_attention_is_flex_where_it_is_compiled_for_cuda():
+    from cogx_fast.loading import _attention
+
+    assert _attention("auto", True, torch.device("cuda")) == "flex"
+    assert _attention("auto", False, torch.device("cuda")) == "sdpa"
+    assert _attention("auto", True, torch.device("cpu")) == "sdpa"
+
+
+def test_errors_are_of_the_builtin_kinds():
+    assert issubclass(CheckpointError, ValueError)
+    assert issubclass(CheckpointNotFoundError, FileNotFoundError)
+    assert issubclass(CheckpointNotFoundError, CheckpointError)
+
+
+def test_compile_is_called_with_the_config(source, monkeypatch):
+    from cogx_fast.runtime import compile as module
+
+    calls = []
+    monkeypatch.setattr(module, "compile_model", lambda model, config: calls.append((model, config)))
+    model = cogx_fast.load(source, compile=True)
+    config = module.CompileConfig(scope="model")
+    cogx_fast.load(source, compile=config)
+    cogx_fast.load(source, compile=False)
+    assert calls[0] == (model, module.CompileConfig())
+    assert calls[1][1] is config
+    assert len(calls) == 2
+
+
+def test_a_file_and_a_live_model_give_the_same(source, tmp_path):
+    source.save_pretrained(tmp_path)
+    arguments = inputs(small("5b"))
+    with torch.no_grad():
+        live = cogx_fast.load(source)(**arguments, return_dict=False)[0]
+        read = cogx_fast.load(str(tmp_path), dtype="fp32", device="cpu")(**arguments, return_dict=False)[0]
+    assert torch.equal(live, read)
+    assert relative_error(live, read) == 0
