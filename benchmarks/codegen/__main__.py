@@ -13,26 +13,29 @@ from pathlib import Path
 
 from benchmarks import gate
 from benchmarks.codegen import table
-from benchmarks.codegen.cases import CASES
+from benchmarks.codegen.cases import CASES, cases
 from benchmarks.codegen.devices import DEVICES, get_device
 from benchmarks.codegen.report import CodegenError, Report
 from benchmarks.codegen.run import reports
 
 EXPECTED = Path(__file__).resolve().parents[1] / "expected" / "codegen.csv"
+RESULTS = EXPECTED.parents[1] / "results"
 GATED_DEVICE = "h100"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    cases = [case for name, case in CASES.items() if options.only in name]
-    if not cases:
-        print(f"no case has {options.only!r} in its name: {', '.join(CASES)}", file=sys.stderr)
+    device = get_device(options.device)
+    known = cases(device)
+    chosen = [case for name, case in known.items() if options.only in name]
+    if not chosen:
+        print(f"no case has {options.only!r} in its name: {', '.join(known)}", file=sys.stderr)
         return 2
     if (options.check or options.accept) and (options.device != GATED_DEVICE or options.real):
         print(f"the table holds for the described {GATED_DEVICE} only", file=sys.stderr)
         return 2
     try:
-        found = reports(cases, options.device, real=options.real)
+        found = reports(chosen, options.device, real=options.real)
     except CodegenError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,9 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(not verdict.passed)
     if options.accept:
         accept(found)
-    print(table.text(found, get_device(options.device)))
-    if options.plot:
-        print(table.plot(found, get_device(options.device), options.plot))
+    print(table.text(found, device))
+    print(table.plot(found, device, options.plot or RESULTS / f"codegen-{options.device}.svg"))
     return 0
 
 
@@ -90,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="fail if anything differs from the recorded table")
     action.add_argument("--accept", action="store_true", help="record what was found")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="where to draw the table (benchmarks/results/)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole reports there")
     parser.add_argument("--real", action="store_true", help="compile for this machine's GPU instead, to compare")
     return parser

@@ -7,6 +7,7 @@ programming guide's table of compute capabilities and of ``cudaGetDeviceProperti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 TERA, GIGA = 10**12, 10**9
@@ -74,12 +75,12 @@ class Device:
         return rate
 
 
-_HOPPER = {
+_HOPPER: dict[str, Any] = {
     "capability": (9, 0), "multiprocessors": 132, "threads_per_multiprocessor": 2048,
     "shared_per_multiprocessor": 228 * KIB, "shared_per_block": 227 * KIB, "l2_bytes": 50 * MIB,
     "clock_khz": 1_980_000, "boost_hz": 1.83e9, "bf16": 989.4 * TERA, "fp8": 1978.9 * TERA, "int8": 1978.9 * TERA,
 }  # fmt: skip
-_ADA = {
+_ADA: dict[str, Any] = {
     "capability": (8, 9), "threads_per_multiprocessor": 1536, "shared_per_multiprocessor": 100 * KIB,
     "shared_per_block": 99 * KIB, "memory_bus_bits": 384, "boost_hz": 2.52e9,
 }  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import sympy
+import sympy  # type: ignore[import-untyped]
 
 MOST_ENUMERATED = 1 << 25
 MOST_RUNS = 1 << 25
@@ -68,7 +68,8 @@ def offsets(index: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> Runs:
     """
     if index.free_symbols - set(sizes):
         raise TooManyOffsets(f"{index} depends on data")
-    constant, strides, rest = 0, {}, sympy.Integer(0)
+    strides: dict[sympy.Symbol, int] = {}
+    constant, rest = 0, sympy.Integer(0)
     for term in sympy.Add.make_args(sympy.expand(index)):
         coefficient, symbol = term.as_coeff_Mul()
         if term.is_Integer:
@@ -87,6 +88,8 @@ def offsets(index: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> Runs:
 
 
 def _enumerate(index: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> Runs:
+    # sympy would print Inductor's Identity, which only keeps an expression together, as a matrix
+    index = index.replace(lambda part: type(part).__name__ == "Identity", lambda part: part.args[0])
     symbols = sorted(index.free_symbols, key=str)
     if math.prod(sizes[symbol] for symbol in symbols) > MOST_ENUMERATED:
         raise TooManyOffsets(f"{index} over {[sizes[symbol] for symbol in symbols]}")
@@ -96,7 +99,6 @@ def _enumerate(index: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> Runs:
         "ModularIndexing": lambda a, divisor, modulus: a // divisor % modulus,
         "Mod": lambda a, b: a % b,
         "PythonMod": lambda a, b: a % b,
-        "Identity": lambda a: a,
     }
     values = sympy.lambdify(symbols, index, modules=[integer, "numpy"])(*grids)
     values = np.unique(np.asarray(values, dtype=np.int64))

@@ -77,13 +77,13 @@ def _answer_for_the_device(device: Device) -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     if not hasattr(torch._C, "_cuda_getCurrentRawStream"):  # generated code imports it; builds for CPUs lack it
-        torch._C._cuda_getCurrentRawStream = lambda index=0: 0  # type: ignore[attr-defined]
+        torch._C._cuda_getCurrentRawStream = lambda index=0: 0  # type: ignore[misc]
 
 
 def _keep_fake_tensors_off_the_device() -> None:
     import torch._subclasses.fake_tensor as fake
 
-    fake.init_gpu_context = lambda device: None
+    fake.init_gpu_context = lambda device: None  # type: ignore[assignment]
     fake.FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment,method-assign]
 
 
@@ -142,9 +142,9 @@ def _fold_constants_on_the_cpu() -> None:
             with OnCpu():
                 super().__init__(*args, **kwargs)
 
-        def run(self) -> Any:
+        def run(self, *args: Any, **kwargs: Any) -> Any:
             with OnCpu():
-                return super().run()
+                return super().run(*args, **kwargs)
 
     joint_graph.UniformValueConstantFolder = Folder  # type: ignore[misc]
 
@@ -286,9 +286,9 @@ def _lowered_graphs(capture: Capture, examine: Any) -> Iterator[None]:
         return module
 
     GraphLowering.compile_to_module = compile_and_examine  # type: ignore[method-assign]
-    GraphLowering.save_output_code = staticmethod(sources.append)  # type: ignore[assignment]
+    GraphLowering.save_output_code = staticmethod(sources.append)
     try:
         yield
     finally:
         GraphLowering.compile_to_module = compile_to_module  # type: ignore[method-assign]
-        GraphLowering.save_output_code = save_output_code  # type: ignore[assignment]
+        GraphLowering.save_output_code = save_output_code

@@ -36,7 +36,8 @@ class Launch:
 
     Bytes: each element of memory that the launch must read counts once, and each that it writes once, however often
     the code touches it; so a view counts its own part of a buffer, and a broadcast what is stored. Library calls and
-    templates count their inputs and outputs, attention without its repeated reads of keys and values.
+    templates count their inputs and outputs, attention without its repeated reads of keys and values. Attention
+    under a block mask counts as dense: which blocks are empty is known at run time.
     """
 
     name: str

@@ -64,6 +64,7 @@ def plot(found: Sequence[Report], device: Device, path: Path) -> str:
         What was done, in a sentence.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return "no plot: matplotlib is not installed (pip install 'cogx-fast[plot]')"
@@ -78,7 +79,9 @@ def plot(found: Sequence[Report], device: Device, path: Path) -> str:
     time_axes.set(xlabel="predicted, not measured: ms of a block at the device's ceilings")
     bytes_axes.invert_yaxis()
     figure.suptitle(f"Code generated for {device.name}")
-    figure.savefig(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"svg.hashsalt": "codegen"}):  # the same drawing is the same file
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     return f"plot: {path}"
 
 

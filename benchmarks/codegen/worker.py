@@ -23,10 +23,10 @@ import torch
 from benchmarks.codegen import inductor, resources, shim, traffic
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.devices import Device, get_device
-from benchmarks.codegen.report import Candidate, CodegenError, Launch, Report
+from benchmarks.codegen.report import Candidate, CodegenError, Kind, Launch, Report
 
 _CALL = re.compile(r"^\s+(?:\w+ = )?(?:(triton_\w+)\.run|extern_kernels\.(\w+)|torch\.ops\.(\w+\.\w+)\.\w+)\(", re.M)
-_KINDS = {"poi": "pointwise", "red": "reduction", "per": "persistent", "tem": "template"}
+_KINDS: dict[str, Kind] = {"poi": "pointwise", "red": "reduction", "per": "persistent", "tem": "template"}
 
 
 def main(request: Mapping[str, Any], out: Path) -> None:
@@ -37,7 +37,7 @@ def main(request: Mapping[str, Any], out: Path) -> None:
         if torch.version.cuda is None:
             ctypes.CDLL(str(shim.guard()))
         inductor.describe(device)
-    answers = []
+    answers: list[dict[str, Any]] = []
     for item in request["cases"]:
         case = Case(**item)
         try:
@@ -132,7 +132,7 @@ def _launches(source: str, module: Any, works: list[traffic.Work]) -> tuple[Laun
         )
     launches = []
     for (generated, extern, operator), work in zip(calls, works, strict=True):
-        counted = {
+        counted: dict[str, Any] = {
             "read_bytes": work.read_bytes, "written_bytes": work.written_bytes, "flops": work.flops,
             "products": work.products, "exponentials": work.exponentials, "attention": work.is_attention,
         }  # fmt: skip

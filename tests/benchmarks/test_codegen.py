@@ -234,7 +234,8 @@ def test_every_case_is_recorded() -> None:
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reports = [_small_report(), _small_report(case="5b/diffusers/cudnn", inductor_bytes=32)]
-    monkeypatch.setattr(__main__, "reports", lambda cases, device, real: reports)
+    monkeypatch.setattr(__main__, "RESULTS", tmp_path)
+    monkeypatch.setattr(__main__, "reports", lambda chosen, device, real: reports)
     monkeypatch.setattr(__main__.accept, "__defaults__", (tmp_path / "codegen.csv",))
     monkeypatch.setattr(__main__.check, "__defaults__", (tmp_path / "codegen.csv",))
     assert __main__.main(["--check"]) == 1

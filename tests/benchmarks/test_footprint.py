@@ -14,9 +14,13 @@ a, b, c = sympy.symbols("a b c", integer=True, nonnegative=True)
 FloorDiv, ModularIndexing = sympy.Function("FloorDiv"), sympy.Function("ModularIndexing")
 
 
+class Identity(sympy.Function):
+    """As Inductor's: keeps an expression together, and sympy would print it as a matrix."""
+
+
 def _tried(index: sympy.Expr, sizes: dict[sympy.Symbol, int]) -> set[int]:
     integer = {"FloorDiv": lambda x, d: x // d, "ModularIndexing": lambda x, d, m: x // d % m}
-    function = sympy.lambdify(list(sizes), index, modules=[integer])
+    function = sympy.lambdify(list(sizes), index.replace(Identity, lambda x: x), modules=[integer])
     return {int(function(*point)) for point in itertools.product(*(range(size) for size in sizes.values()))}
 
 
@@ -37,6 +41,7 @@ CASES = [
     (FloorDiv(a, 3) + 10 * b, {a: 11, b: 2}),
     (ModularIndexing(a, 1, 6) + 9 * FloorDiv(a, 6), {a: 24}),
     (a + ModularIndexing(a, 1, 2) + 50 * b, {a: 9, b: 3}),
+    (Identity(FloorDiv(a, 2)) + 7 * b, {a: 9, b: 3}),
 ]
 
 
