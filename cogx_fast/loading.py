@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cogx_fast.model.attention import get_backend
-from cogx_fast.pipelines import model_class
+from cogx_fast.runtime.upstream import model_class
 from cogx_fast.weights.checkpoint import load_checkpoint
 from cogx_fast.weights.errors import CheckpointError
 from cogx_fast.weights.live import adopt

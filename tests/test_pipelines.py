@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast.pipelines import model_class
 from cogx_fast.runtime.compile import watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.upstream import model_class
 from tests.pipes import KINDS, generate, make_pipe, psnr
 
 SAME_VIDEO_DB = 60.0
@@ -224,6 +224,8 @@ def test_diffusers_caches_and_adapters_say_why_they_cannot_work(pipe: Any) -> No
         model.enable_cache(PyramidAttentionBroadcastConfig())
     with pytest.raises(ValueError, match="fuse_lora"):
         model.load_lora_adapter({})
+    with pytest.raises(ValueError, match=r"cogx_fast\.load"):
+        type(model).from_pretrained("somewhere")
 
 
 # -- compiled ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import cogx_fast
 def memory(field):
     return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-cogx_fast.pipelines.model_class()  # imports diffusers
+cogx_fast.runtime.upstream.model_class()  # imports diffusers
 before = memory("VmRSS")
 model = cogx_fast.load(sys.argv[1], dtype=sys.argv[2] or None)
 for tensor in model.state_dict().values():
