@@ -333,3 +333,12 @@ def test_sources_are_told_apart_from_other_objects():
     for thing in (None, 3, types.SimpleNamespace(transformer=1)):
         with pytest.raises(CheckpointError, match="expected a path"):
             cogx_fast.load(thing)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16", "float64"])
+def test_tensors_of_many_chunks(dtype, checkpoint, monkeypatch):
+    from cogx_fast.weights import reading
+
+    monkeypatch.setattr(reading, "_CHUNK_BYTES", 1004)
+    model = cogx_fast.load(checkpoint, dtype=dtype)
+    assert_same_bits(diffusers_view(model), {name: t.to(model.dtype) for name, t in small_state().items()})
