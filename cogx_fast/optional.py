@@ -8,6 +8,7 @@ from typing import Any
 _EXTRAS = {
     "diffusers": "pipelines", "transformers": "pipelines", "huggingface_hub": "hub",
     "imageio": "video", "imageio_ffmpeg": "video", "PIL": "video", "matplotlib": "plot",
+    "sklearn": "quality", "skimage": "quality",
 }  # fmt: skip
 
 

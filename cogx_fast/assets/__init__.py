@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+CHECKSUMS = "SHA256SUMS"
+"""File in the trained pipeline's directory with the SHA-256 of every other."""
+
 _TRAINED = Path(__file__).parent / "tiny"
 
 
@@ -25,4 +28,4 @@ def tiny_pipeline_dir() -> Path:
     return cached_pipeline_dir()
 
 
-__all__ = ["tiny_pipeline_dir"]
+__all__ = ["CHECKSUMS", "tiny_pipeline_dir"]
