@@ -1,6 +1,8 @@
 """A training run: steps with a schedule, an average of the weights, checkpoints, and the same result after a kill.
 
-Everything random in step n comes from a generator seeded with n, so a resumed run repeats an uninterrupted one.
+Everything random in step n comes from a generator seeded with n (and the worker's rank), so a resumed run repeats an
+uninterrupted one. Several workers, one thread each, share a batch and average their gradients: on a few cores that is
+faster than one worker with several threads, which wait for each other in every kernel.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 Loss = Callable[[int, torch.Generator], Tensor]
@@ -45,8 +48,9 @@ def cosine(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def linear(done: float) -> float:
-    return 1 - done
+def hold_then_linear(done: float) -> float:
+    """Full to the middle, then down in a line: so that how many steps there will be may be settled half-way."""
+    return min(1.0, 2 * (1 - done))
 
 
 def train(run: Run, folder: Path, *, stop_at: int | None = None) -> None:
@@ -62,15 +66,16 @@ def train(run: Run, folder: Path, *, stop_at: int | None = None) -> None:
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in run.optimizers]
     if start:
         rates = [[group["initial_lr"] for group in optimizer.param_groups] for optimizer in run.optimizers]
-    progress = _Progress(run.name, run.steps, start)
+    progress = _Progress(run.name, run.steps, start) if rank() == 0 else None
     run.model.train()
     losses: list[float] = []
     end = run.steps if stop_at is None else min(stop_at, run.steps)
     for step in range(start, end):
         _set_rates(run, rates, step)
-        generator = torch.Generator().manual_seed((run.seed << 32) + step)
+        generator = torch.Generator().manual_seed((run.seed << 32) + (step << 8) + rank())
         loss = run.loss(step, generator)
         loss.backward()
+        loss = _average_over_workers(run.model, loss.detach())
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.clip)
         for optimizer in run.optimizers:
             optimizer.step()
@@ -80,19 +85,57 @@ def train(run: Run, folder: Path, *, stop_at: int | None = None) -> None:
         if (step + 1) % 50 == 0 or step + 1 == end:
             run.history.append((step + 1, sum(losses) / len(losses)))
             losses = []
-            progress.show(*run.history[-1])
-        if (step + 1) % run.checkpoint_every == 0 or step + 1 == end:
+            if progress:
+                progress.show(*run.history[-1])
+        if rank() == 0 and ((step + 1) % run.checkpoint_every == 0 or step + 1 == end):
             _save(run, path, step + 1)
     run.model.load_state_dict(run.average)
     run.model.eval()
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def rank() -> int:
+    """This worker's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many workers share a batch."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(batch: int) -> int:
+    """This worker's part of a batch."""
+    if batch % world():
+        raise ValueError(f"a batch of {batch} cannot be shared by {world()} workers evenly: choose another number")
+    return batch // world()
+
+
+def _average_over_workers(model: nn.Module, loss: Tensor) -> Tensor:
+    if world() == 1:
+        return loss
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([loss.reshape(1), *(gradient.flatten() for gradient in gradients)])
+    dist.all_reduce(flat)
+    flat /= world()
+    sizes = [1, *(gradient.numel() for gradient in gradients)]
+    mean_loss, *parts = flat.split(sizes)
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return mean_loss[0]
 
 
 def _set_rates(run: Run, rates: list[list[float]], step: int) -> None:
-    factor = min(1.0, (step + 1) / max(1, run.warmup))
-    factor *= run.decay(max(0, step - run.warmup) / max(1, run.steps - run.warmup))
+    factor = _rate_factor(run, step, run.steps)
     for optimizer, initial in zip(run.optimizers, rates, strict=True):
         for group, rate in zip(optimizer.param_groups, initial, strict=True):
             group["initial_lr"], group["lr"] = rate, rate * factor
+
+
+def _rate_factor(run: Run, step: int, steps: int) -> float:
+    rise = min(1.0, (step + 1) / max(1, run.warmup))
+    return rise * run.decay(max(0, step - run.warmup) / max(1, steps - run.warmup))
 
 
 @torch.no_grad()
@@ -121,7 +164,9 @@ def _restore(run: Run, path: Path) -> int:
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
-    if (state["steps"], state["seed"]) != (run.steps, run.seed):
+    done = int(state["step"])
+    same_rates = done == 0 or _rate_factor(run, done - 1, run.steps) == _rate_factor(run, done - 1, state["steps"])
+    if state["seed"] != run.seed or not same_rates:
         raise SystemExit(
             f"{path} is of a run of {state['steps']} steps with seed {state['seed']}, not of {run.steps} with "
             f"{run.seed}: remove it, or choose another --work folder"
@@ -131,7 +176,7 @@ def _restore(run: Run, path: Path) -> int:
     run.history = [(step, loss) for step, loss in state["history"]]
     for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    return int(state["step"])
+    return done
 
 
 class _Progress:
@@ -156,4 +201,4 @@ class _Progress:
         print(line, end="\n" if step == self.steps or not self.is_terminal else "", file=sys.stderr, flush=True)
 
 
-__all__ = ["Run", "cosine", "linear", "train"]
+__all__ = ["Run", "cosine", "hold_then_linear", "rank", "share", "train", "world"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.tiny.loop import Run, cosine, train
+from benchmarks.tiny.loop import Run, cosine, share, train
 from cogx_fast.assets import digits
 from cogx_fast.assets.recipe import SEED, VAE_CONFIG
 
@@ -25,7 +25,7 @@ class VaePlan:
     crop_steps: int = 1100
     crop_batch: int = 8
     crop_rate: float = 2e-3
-    whole_steps: int = 400
+    whole_steps: int = 250
     whole_batch: int = 2
     whole_rate: float = 8e-4
     ema: float = 0.998
@@ -56,7 +56,9 @@ def _run(vae: Any, name: str, plan: VaePlan, *, whole: bool) -> Run:
         name=name,
         model=vae,
         optimizers=[torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)],
-        loss=lambda step, generator: vae_loss(vae, draw_batch(pictures, batch, generator, whole=whole), generator),
+        loss=lambda step, generator: vae_loss(
+            vae, draw_batch(pictures, share(batch), generator, whole=whole), generator
+        ),
         steps=plan.whole_steps if whole else plan.crop_steps,
         warmup=20,
         decay=cosine,
