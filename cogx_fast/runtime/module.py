@@ -6,9 +6,9 @@ import math
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.model.attention import BACKENDS, Backend, Mask, Rotary, get_backend
 from cogx_fast.model.masks import full_block_mask
 from cogx_fast.model.tables import Grid, join_rotary, rotary_tables, sincos_table
-from cogx_fast.model.transformer import Attention, CogVideoXTransformer
+from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
 
 _TABLES_HELD = 8
 _UPSTREAM_PROCESSORS = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")
@@ -196,9 +196,7 @@ class CogVideoXModel(CogVideoXTransformer):
 
     def _held(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """A table made once for each key; the oldest of more than a few are dropped."""
-        if (
-            torch.compiler.is_compiling()
-        ):  # the caller's own torch.compile: a table is part of its graph, nothing is kept
+        if torch.compiler.is_compiling():  # under the caller's own torch.compile a table is part of the graph
             return make()
         if key not in self._tables:
             while len(self._tables) >= _TABLES_HELD:
@@ -218,13 +216,14 @@ class CogVideoXModel(CogVideoXTransformer):
     @property
     def attention_backends(self) -> dict[str, None]:
         """Names of the attention backends in use, usually one."""
-        return dict.fromkeys(m.backend for m in self.modules() if isinstance(m, Attention))
+        return dict.fromkeys(attention.backend for attention in self._attentions())
 
     @property
     def attn_processors(self) -> dict[str, Backend]:
         """The attention backend of each layer, under the names that diffusers gives its processors."""
         return {
-            f"{name}.processor": BACKENDS[m.backend] for name, m in self.named_modules() if isinstance(m, Attention)
+            f"transformer_blocks.{index}.attn1.processor": BACKENDS[attention.backend]
+            for index, attention in enumerate(self._attentions())
         }
 
     def set_attn_processor(self, processor: Any) -> None:
@@ -253,9 +252,11 @@ class CogVideoXModel(CogVideoXTransformer):
             ValueError: there is no backend of that name.
         """
         name = get_backend(backend).name
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.backend = name
+        for attention in self._attentions():
+            attention.backend = name
+
+    def _attentions(self) -> Iterator[Attention]:
+        return (cast(Block, block).attn1 for block in self.transformer_blocks)
 
     def save_pretrained(
         self,
