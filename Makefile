@@ -8,13 +8,13 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type bench clean
+.PHONY: help setup demo test lint type bench train-tiny clean
 .DELETE_ON_ERROR:
 
 help: ## Show this help
 	@echo "cogx-fast: a fast CogVideoX video transformer for PyTorch"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "The first target that needs it sets up $(VENV) with $(PYTHON). Variables: PYTHON, ARGS."
 
@@ -37,6 +37,9 @@ type: $(STAMP) ## Check types only
 
 bench: $(STAMP) ## Run the benchmarks
 	@$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+train-tiny: $(STAMP) ## Train the tiny model from nothing: two hours on two cores, goes on where it was stopped
+	@$(BIN)/python -m benchmarks.tiny.train $(ARGS)
 
 clean: ## Remove caches and build output (.venv stays)
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks .coverage htmlcov
