@@ -1,27 +1,60 @@
-"""Opening a pipeline with this package's transformer, and one timed run of a pipeline."""
+"""How a pipeline is run: its settings, opening it with them, and one timed run from prompt to frames."""
 
 from __future__ import annotations
 
+import importlib.resources
+import inspect
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.costs import VideoSize
-from cogx_fast.locate import Model
+from cogx_fast.locate import Model, read_stored_weights
+from cogx_fast.model.attention import get_backend
 from cogx_fast.optional import require
 from cogx_fast.video import Frames
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 TEXT_TO_VIDEO, IMAGE_TO_VIDEO = "CogVideoXPipeline", "CogVideoXImageToVideoPipeline"
+
+TransformerName = Literal["cogx_fast", "diffusers"]
+OURS: TransformerName = "cogx_fast"
+UPSTREAM: TransformerName = "diffusers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Which transformer a pipeline gets, and how it runs.
+
+    Raises:
+        ValueError: an unknown attention backend, or an option that diffusers' transformer does not have.
+    """
+
+    transformer: TransformerName = OURS
+    dtype: torch.dtype | None = None
+    """Of every part of the pipeline; None is the transformer's stored one."""
+    compile: bool = False
+    """Compile it on its first call: ours by ``CompileConfig()``, diffusers' by ``torch.compile(fullgraph=True)``."""
+    attention: str = "auto"
+    """Attention backend, of our transformer alone."""
+    quant: str | None = None
+    """Quantization recipe, of our transformer alone."""
+
+    def __post_init__(self) -> None:
+        if self.attention != "auto":
+            get_backend(self.attention)
+        for name, value, unset in (("attention", self.attention, "auto"), ("quant", self.quant, None)):
+            if self.transformer == UPSTREAM and value != unset:
+                raise ValueError(f"{name} is {value!r}, which diffusers' transformer does not take: leave it out there")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +124,13 @@ def overflow_warning(config: TransformerConfig, dtype: torch.dtype | None) -> st
     return "fp16 overflows in CogVideoX 5b and 1.5 models (black or broken videos): use --dtype bf16, their own"
 
 
-def open_pipeline(
-    model: Model, *, dtype: torch.dtype | None, device: torch.device, attention: str = "auto", compile: bool = False
-) -> Any:
-    """A diffusers pipeline of the model's class, with this package's transformer in it.
+def open_pipeline(model: Model, setting: Setting, *, device: torch.device) -> Any:
+    """A diffusers pipeline of the model's class, with the transformer that the setting asks for in it.
 
     Args:
         model: a pipeline.
-        dtype: of every part, or None for the transformer's stored one.
+        setting: which transformer, and how it runs.
         device: where to run.
-        attention: attention backend.
-        compile: compile the transformer on its first call.
 
     Raises:
         MissingDependencyError: diffusers or transformers is not installed.
@@ -112,10 +141,47 @@ def open_pipeline(
     from cogx_fast.loading import load
 
     assert model.location is not None
-    transformer = load(model.location, dtype=dtype, device=device, attention=attention, compile=compile)
     pipeline_class = getattr(diffusers, str(model.pipeline_class))
+    if setting.transformer == UPSTREAM:
+        dtype = setting.dtype or stored_dtype(model)
+        pipe = pipeline_class.from_pretrained(model.location, torch_dtype=dtype).to(device)
+        if setting.compile:
+            pipe.transformer.compile(fullgraph=True)
+        return quiet(pipe)
+    more = {"quant": setting.quant} if setting.quant else {}
+    transformer = load(
+        model.location,
+        dtype=setting.dtype,
+        device=device,
+        attention=setting.attention,
+        compile=setting.compile,
+        **more,  # type: ignore[arg-type]  # not an option of load yet
+    )
     pipe = pipeline_class.from_pretrained(model.location, transformer=transformer, torch_dtype=transformer.dtype)
     return quiet(pipe.to(device))
+
+
+def stored_dtype(model: Model) -> torch.dtype:
+    """The dtype of most of the transformer's stored values, from the files' headers.
+
+    Raises:
+        ValueError: the files are not on this machine yet.
+    """
+    stored = read_stored_weights(model)
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    dtype = names.get(next(iter(stored.dtypes))) if stored else None
+    if dtype is None:
+        raise ValueError(f"{model.name!r} does not say in which dtype to run diffusers' transformer: give one (bf16)")
+    return dtype
+
+
+def takes_quant(recipe: str | None = None) -> bool:
+    """Whether ``cogx_fast.load`` quantizes, and whether the ``quant`` package has that recipe."""
+    from cogx_fast.loading import load
+
+    if "quant" not in inspect.signature(load).parameters:
+        return False
+    return recipe is None or (importlib.resources.files("quant") / "recipes" / f"{recipe}.toml").is_file()
 
 
 def quiet(pipe: Any) -> Any:
@@ -227,6 +293,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 __all__ = [
-    "DTYPES", "Request", "Run", "check_pipeline", "choose_device", "length_warning", "median_step", "open_pipeline",
-    "overflow_warning", "quiet", "read_image", "run_pipeline", "truncation_warning",
+    "DTYPES", "OURS", "UPSTREAM", "Request", "Run", "Setting", "TransformerName", "check_pipeline", "choose_device",
+    "length_warning", "median_step", "open_pipeline", "overflow_warning", "quiet", "read_image", "run_pipeline",
+    "stored_dtype", "takes_quant", "truncation_warning",
 ]  # fmt: skip

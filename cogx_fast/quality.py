@@ -23,6 +23,9 @@ Video: TypeAlias = "np.ndarray[Any, Any]"
 """Frames ``(F, H, W, 3)``: uint8, or floating point in 0…1."""
 
 
+_LEAST_SIDE = 7
+
+
 def psnr(actual: Video, expected: Video) -> float:
     """Peak signal-to-noise ratio in dB over all values; infinite where they are equal.
 
@@ -46,14 +49,18 @@ def ssim(actual: Video, expected: Video) -> float:
     """
     metrics = require("skimage.metrics", why="to compare videos")
     first, second = _pair(actual, expected)
+    if min(first.shape[1:3]) < _LEAST_SIDE:
+        height, width = first.shape[1:3]
+        raise ValueError(f"videos are {height} × {width}, expected {_LEAST_SIDE} pixels or more a side, SSIM's window")
     pairs = zip(first, second, strict=True)
     return float(np.mean([metrics.structural_similarity(a, b, channel_axis=-1, data_range=1.0) for a, b in pairs]))
 
 
 def per_frame(actual: Video, expected: Video) -> list[tuple[float, float]]:
     """(PSNR in dB, SSIM) of each frame; raises as ``psnr`` does."""
-    first, second = _pair(actual, expected)
-    return [(psnr(a[None], b[None]), ssim(a[None], b[None])) for a, b in zip(first, second, strict=True)]
+    _check_shapes(actual, expected)
+    pairs = zip(actual, expected, strict=True)  # each by itself: two long videos in float64 would fill the memory
+    return [(psnr(a[None], b[None]), ssim(a[None], b[None])) for a, b in pairs]
 
 
 def temporal_consistency(video: Video) -> float:
@@ -71,13 +78,17 @@ def temporal_consistency(video: Video) -> float:
 
 
 def _pair(actual: Video, expected: Video) -> tuple[Video, Video]:
-    first, second = np.asarray(actual), np.asarray(expected)
-    if first.shape != second.shape:
+    _check_shapes(actual, expected)
+    return _unit(np.asarray(actual)), _unit(np.asarray(expected))
+
+
+def _check_shapes(actual: Video, expected: Video) -> None:
+    first, second = np.shape(actual), np.shape(expected)
+    if first != second:
         raise ValueError(
-            f"videos of shape {first.shape} and {second.shape} (frames, height, width, channels) cannot be compared: "
+            f"videos of shape {first} and {second} (frames, height, width, channels) cannot be compared: "
             "make them of one size and length"
         )
-    return _unit(first), _unit(second)
 
 
 def _unit(video: Video) -> Video:
@@ -115,6 +126,9 @@ class Judgement:
     def agreement(self) -> float:
         """Part of the frames that show the clip's digit."""
         return sum(digit == self.digit is not None for digit in self.frame_digits) / len(self.frame_digits)
+
+    def __str__(self) -> str:
+        return "nothing" if self.digit is None else f"{digits.DIGITS[self.digit]}, {self.motion}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,13 @@ def run_cli(*arguments: str | Path) -> Finished:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([str(argument) for argument in arguments])
     return Finished(status, out.getvalue(), err.getvalue())
+
+
+def report(finished: Finished) -> dict[str, Any]:
+    """The one JSON object on stdout."""
+    assert finished.status == 0, finished.err
+    assert finished.out.count("\n") == 1
+    return json.loads(finished.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 @pytest.fixture(scope="session", autouse=True)

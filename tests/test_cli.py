@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,21 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from cogx_fast import cli
+import cogx_fast
 from cogx_fast.assets import tiny_pipeline_dir
+from cogx_fast.cli.output import quiet_libraries
 from cogx_fast.config import PRESETS
 from cogx_fast.costs import VideoSize
-from cogx_fast.demo import DemoResult
 from cogx_fast.generation import Request
 from cogx_fast.video import read_video
-from tests.conftest import Finished, run_cli
-
-
-def report(finished: Finished) -> dict[str, Any]:
-    """The one JSON object on stdout."""
-    assert finished.status == 0, finished.err
-    assert finished.out.count("\n") == 1
-    return json.loads(finished.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+from tests.conftest import Finished, report, run_cli
 
 
 def generate(out: Path, *more: str | Path, model: str | Path = "tiny") -> Finished:
@@ -45,66 +37,6 @@ def image_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts["transformer"] = CogVideoXTransformer3DModel(**config)
     CogVideoXImageToVideoPipeline(**parts).save_pretrained(directory)
     return directory
-
-
-# ---------------------------------------------------------------------------------------------------------------- demo
-
-
-def test_demo_compares_with_diffusers(demo: tuple[Finished, Path]) -> None:
-    facts = report(demo[0])
-    assert facts["identical"] or facts["psnr_db"] >= 60
-    assert (facts["graphs"], facts["breaks"], facts["recompiles"]) == (1, 0, 0)
-    assert 0.5 < facts["compile_seconds"] <= facts["first_step_seconds"]["cogx_fast"]
-    seconds = facts["seconds_per_step"]
-    assert facts["ratio"] == pytest.approx(seconds["cogx_fast"] / seconds["diffusers"])
-    assert all(0 < each < facts["first_step_seconds"]["cogx_fast"] for each in seconds.values())
-
-
-def test_demo_is_quiet_where_stderr_is_no_terminal(demo: tuple[Finished, Path]) -> None:
-    assert demo[0].err == ""
-
-
-def test_demo_writes_real_files(demo: tuple[Finished, Path]) -> None:
-    from PIL import Image
-
-    files = {name: Path(path) for name, path in report(demo[0])["files"].items()}
-    assert sorted(path.name for path in demo[1].iterdir()) == sorted(path.name for path in files.values())
-    videos = [read_video(files[name]) for name in ("video", "upstream_video")]
-    assert [video.shape for video in videos] == [(17, 64, 64, 3)] * 2
-    assert np.abs(videos[0].astype(int) - videos[1]).max() <= 8  # one picture, coded twice
-    assert videos[0].std() > 20
-    with Image.open(files["contact_sheet"]) as sheet:
-        sheet.load()
-        assert sheet.width > 9 * 128
-        assert sheet.height > 2 * 128
-
-
-def test_demo_closes_with_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def run_demo(request: Request, *, out: str, compile: bool, **_: Any) -> DemoResult:
-        return DemoResult(
-            seconds_per_step={"diffusers": 0.02, "cogx_fast": 0.015},
-            first_step={"diffusers": 0.1, "cogx_fast": 5.0},
-            **{"compile_seconds": 4.5, "graphs": 1, "breaks": 0, "recompiles": 0, "psnr_db": float("inf"), "rounds": 2},
-            files={name: Path(out) / name for name in ("video", "upstream_video", "contact_sheet")},
-            warnings=("too long",),
-        )
-
-    monkeypatch.setattr("cogx_fast.demo.run_demo", run_demo)
-    options = ("--steps", "6", "--prompt", "a six", "--out", tmp_path)
-    finished = run_cli("demo", *options)
-    assert (finished.status, finished.err) == (0, "warning: too long\n")
-    assert "“a six”: 17 frames, 64 × 64, 6 steps, seed 0, float32 on cpu" in finished.out
-    rows = [re.split(r" {3,}", line) for line in finished.out.splitlines()]
-    assert ["seconds per step (median)", "0.0200", "0.0150"] in rows
-    assert ["ratio to diffusers", "1.00", "0.75"] in rows
-    assert ["  of it compiling", "–", "4.5"] in rows
-    assert ["graph breaks", "–", "0"] in rows
-    assert ["PSNR to diffusers' video", "–", "identical (inf dB)"] in rows
-    assert "Medians of 10 steps each: 2 runs of each in turns" in finished.out
-    assert str(tmp_path / "video") in finished.out
-    assert "not compiled" in run_cli("demo", *options, "--no-compile").out
-    facts = report(run_cli("demo", *options, "--json"))
-    assert (facts["identical"], facts["psnr_db"]) == (True, None)
 
 
 # ------------------------------------------------------------------------------------------------------------ generate
@@ -249,7 +181,8 @@ def test_info_in_words() -> None:
 def test_info_is_light() -> None:
     code = (
         "import sys\nfrom cogx_fast.cli import main\nassert main(['info', '5b']) == 0\n"
-        "heavy = {'diffusers', 'transformers', 'imageio', 'PIL', 'torchao'} & set(sys.modules)\nassert not heavy, heavy"
+        "heavy = {'diffusers', 'transformers', 'imageio', 'matplotlib', 'PIL', 'skimage', 'torchao'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -302,7 +235,7 @@ def test_bad_requests(arguments: tuple[str, ...], message: str, tmp_path: Path) 
 def test_help_says_what_there_is() -> None:
     finished = run_cli("--help")
     assert finished.status == 0
-    assert all(command in finished.out for command in ("demo", "generate", "info"))
+    assert all(command in finished.out for command in ("demo", "generate", "compare", "info"))
     assert "--negative-prompt" in run_cli("generate", "--help").out
 
 
@@ -344,7 +277,7 @@ def test_libraries_are_loud_again_afterwards() -> None:
 def test_our_warnings_are_lines_and_others_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     import warnings
 
-    with cli._quiet_libraries(debug=False):
-        warnings.warn_explicit("ours", UserWarning, str(Path(cli.__file__).with_name("loading.py")), 1)
+    with quiet_libraries(debug=False):
+        warnings.warn_explicit("ours", UserWarning, str(Path(cogx_fast.__file__).with_name("loading.py")), 1)
         warnings.warn_explicit("theirs", UserWarning, "/elsewhere/library.py", 1)
     assert capsys.readouterr().err == "warning: ours\n"

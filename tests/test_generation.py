@@ -9,7 +9,16 @@ import torch
 
 from cogx_fast.config import PRESETS
 from cogx_fast.costs import VideoSize
-from cogx_fast.generation import Request, Run, median_step, open_pipeline, overflow_warning, run_pipeline
+from cogx_fast.generation import (
+    Request,
+    Run,
+    Setting,
+    median_step,
+    open_pipeline,
+    overflow_warning,
+    run_pipeline,
+    takes_quant,
+)
 from cogx_fast.locate import locate_pipeline
 
 REQUEST = Request(prompt="a seven", size=VideoSize(frames=1, height=64, width=64), steps=2)
@@ -17,7 +26,7 @@ REQUEST = Request(prompt="a seven", size=VideoSize(frames=1, height=64, width=64
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return open_pipeline(locate_pipeline("tiny"), dtype=None, device=torch.device("cpu"))
+    return open_pipeline(locate_pipeline("tiny"), Setting(), device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +71,35 @@ def test_the_first_step_is_not_in_the_median() -> None:
     runs = [Run(frames=None, first_step=100.0, steps=steps, total=1.0) for steps in ([1.0, 9.0], [2.0])]
     assert median_step(runs) == 2.0
     assert median_step([Run(frames=None, first_step=100.0, steps=[], total=1.0)]) is None
+
+
+def test_diffusers_transformer_can_be_had_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _, **options: compiled.append(options))
+    model, cpu = locate_pipeline("tiny"), torch.device("cpu")
+    pipe = open_pipeline(model, Setting(transformer="diffusers", compile=True), device=cpu)
+    assert type(pipe.transformer).__module__.startswith("diffusers.")
+    assert pipe.transformer.dtype == open_pipeline(model, Setting(), device=cpu).transformer.dtype
+    assert compiled == [{"fullgraph": True}]
+    half = open_pipeline(model, Setting(transformer="diffusers", dtype=torch.bfloat16), device=cpu)
+    assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="does not say in which dtype"):
+        open_pipeline(dataclasses.replace(model, weights=None), Setting(transformer="diffusers"), device=cpu)
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="choose one of sdpa, flex"):
+        Setting(attention="slow")
+    with pytest.raises(ValueError, match="attention is 'sdpa', which diffusers' transformer does not take"):
+        Setting(transformer="diffusers", attention="sdpa")
+    with pytest.raises(ValueError, match="quant is 'int8-dynamic', which diffusers' transformer does not take"):
+        Setting(transformer="diffusers", quant="int8-dynamic")
+
+
+def test_quantization_is_offered_where_load_and_quant_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(source: str, *, quant: str | None = None) -> None:
+        """As it will be."""
+
+    monkeypatch.setattr("cogx_fast.loading.load", load)
+    assert takes_quant()
+    assert not takes_quant("no-such-recipe")

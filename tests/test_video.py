@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cogx_fast import video
+from cogx_fast.quality import psnr
 
 
 def _ramp(length: int = 17, height: int = 64, width: int = 96) -> video.Frames:
@@ -24,8 +25,8 @@ def test_a_video_is_what_was_written(tmp_path: Path) -> None:
     read = video.read_video(tmp_path / "video.mp4")
     assert read.shape == (17, 64, 96, 3)
     assert read.dtype == np.uint8
-    assert video.psnr(read / 255, frames) > 30
-    assert video.psnr(read / 255, frames[::-1]) < 25  # in the right order
+    assert psnr(read / 255, frames) > 30
+    assert psnr(read / 255, frames[::-1]) < 25  # in the right order
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
 
 
@@ -55,16 +56,24 @@ def test_files_that_are_no_video(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not there"):
         video.read_video(tmp_path / "video.mp4")
     (tmp_path / "video.mp4").write_text("no video")
-    with pytest.raises(OSError, match=r"."):
+    with pytest.raises(OSError, match="cannot be read as one: give a whole"):
         video.read_video(tmp_path / "video.mp4")
 
 
-def test_psnr() -> None:
-    frames = np.full((2, 4, 4, 3), 0.5, dtype=np.float32)
-    assert video.psnr(frames, frames) == float("inf")
-    assert video.psnr(frames + 0.1, frames) == pytest.approx(20.0, abs=1e-3)
-    with pytest.raises(ValueError, match="cannot be compared"):
-        video.psnr(frames, frames[:1])
+def test_a_rate_is_what_was_written(tmp_path: Path) -> None:
+    video.write_video(tmp_path / "video.mp4", _ramp(3), fps=12)
+    assert video.read_rate(tmp_path / "video.mp4") == 12
+
+
+@pytest.mark.parametrize(("size", "scale"), [((64, 96), 4), ((75, 33), 7), ((300, 400), 1)])
+def test_side_by_side_shows_both_whole(size: tuple[int, int], scale: int) -> None:
+    frames = np.zeros((2, *size, 3), dtype=np.uint8)
+    red, green = frames + np.uint8([255, 0, 0]), frames + np.uint8([0, 255, 0])
+    both = video.side_by_side([("a name × " * 20, red), ("green", green / np.float32(255))])
+    assert both.shape[0] == 2
+    assert (both.shape[1] % 2, both.shape[2] % 2, both.dtype) == (0, 0, np.uint8)
+    for colour in ((255, 0, 0), (0, 255, 0)):
+        assert (both[1] == colour).all(-1).sum() == scale**2 * size[0] * size[1]
 
 
 def test_contact_sheet_shows_each_video(tmp_path: Path) -> None:
@@ -73,7 +82,7 @@ def test_contact_sheet_shows_each_video(tmp_path: Path) -> None:
     frames = _ramp()
     red = np.zeros_like(frames)
     red[..., 0] = 1.0
-    rows = [("diffusers", "1.0 s", frames), ("cogx_fast", "0.5 s", red)]
+    rows = [("diffusers", "1.0 s", frames), ("cogx_fast", "0.5 s\nshows seven", red)]
     sheet = video.contact_sheet(rows, title="a prompt " * 100, note="a note", fps=8, columns=5)
     video.write_image(tmp_path / "sheet.png", sheet)
     with Image.open(tmp_path / "sheet.png") as picture:

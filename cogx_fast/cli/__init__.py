@@ -1,0 +1,65 @@
+"""The command ``cogx-fast``: demo, generate, compare, info; a module each.
+
+Results go to stdout (with ``--json`` exactly one JSON object), everything else to stderr. Exit status: 0 done, 1
+failed, 2 asked for something that cannot be, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from cogx_fast import __version__
+from cogx_fast.cli import compare, demo, generate, info
+from cogx_fast.cli.arguments import Parser
+from cogx_fast.cli.output import fail, one_line, quiet_libraries
+from cogx_fast.optional import MissingDependencyError
+from cogx_fast.terminal import Progress
+
+_COMMANDS = {"demo": demo, "generate": generate, "compare": compare, "info": info}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments, or None for the process's own.
+
+    Returns:
+        The exit status.
+    """
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse's way out of --help and of what it cannot parse
+        return int(stop.code or 0)
+    progress = Progress()
+    try:
+        with quiet_libraries(debug=arguments.debug):
+            report, text = arguments.run(arguments, progress)
+    except KeyboardInterrupt:
+        progress.clear()
+        return fail("interrupted", 130, debug=False)
+    except (ValueError, OSError, MissingDependencyError) as error:
+        progress.clear()
+        return fail(one_line(error), 2, debug=arguments.debug)
+    except Exception as error:  # noqa: BLE001  # whatever it is, the user gets a line and, asked for, the traceback
+        progress.clear()
+        hint = "" if arguments.debug else " (--debug shows where)"
+        return fail(f"{type(error).__name__}: {one_line(error)}{hint}", 1, debug=arguments.debug)
+    progress.clear()
+    print(json.dumps(report, ensure_ascii=False) if arguments.json else text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="cogx-fast", description="A fast CogVideoX video transformer for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"cogx-fast {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar=f"{{{','.join(_COMMANDS)}}}")
+    for command in _COMMANDS.values():
+        command.add(commands)
+    return parser
+
+
+__all__ = ["main"]

@@ -1,0 +1,95 @@
+"""``cogx-fast generate``: one video with any CogVideoX pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from cogx_fast.cli.arguments import MODEL_HELP, add_command, add_video
+from cogx_fast.cli.output import quiet_bars, warn
+from cogx_fast.cli.task import name_dtype, read_task
+from cogx_fast.optional import require
+from cogx_fast.terminal import Progress
+
+if TYPE_CHECKING:
+    from cogx_fast.generation import Run
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    command = add_command(
+        commands, "generate", run, "make a video with any CogVideoX pipeline",
+        "Generate a video with a CogVideoX pipeline whose transformer is replaced by this package's.",
+    )  # fmt: skip
+    command.add_argument("--model", required=True, help=MODEL_HELP)
+    command.add_argument("--prompt", required=True, help="what to show")
+    command.add_argument("--out", required=True, metavar="FILE.mp4", help="the video to write")
+    add_video(command)
+
+
+def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
+    """Carry it out: the report, and its text."""
+    from cogx_fast import generation, video
+    from cogx_fast.runtime.compile import watch_compilation
+
+    out = video.check_writable(arguments.out, ".mp4")
+    require("imageio_ffmpeg", why="to write videos")
+    task = read_task(arguments)
+    model, request, device = task.model, task.request, task.device
+
+    quiet_bars()
+    progress.stage(f"loading {arguments.model}")
+    begin = time.perf_counter()
+    pipe = generation.open_pipeline(model, task.setting, device=device)
+    load_seconds = time.perf_counter() - begin
+    notes = task.warnings(pipe)
+    warn(notes, progress)
+    with watch_compilation() as compilation:
+        run = generation.run_pipeline(pipe, request, on_step=progress.steps("denoising", request.steps))
+    progress.stage("writing the video")
+    assert run.frames is not None
+    video.write_video(out, run.frames, fps=task.fps)
+    report = {
+        "out": str(out),
+        **{"model": arguments.model, "pipeline_class": model.pipeline_class},
+        **{"prompt": request.prompt, "negative_prompt": request.negative_prompt, "guidance": request.guidance},
+        **{"seed": request.seed, "steps": request.steps},
+        **{"frames": len(run.frames), "height": request.size.height, "width": request.size.width, "fps": task.fps},
+        **{"device": str(device), "dtype": name_dtype(pipe.transformer.dtype), "compiled": task.setting.compile},
+        "seconds": _seconds(run, load_seconds, compilation.seconds),
+        **{"graphs": compilation.graphs, "breaks": compilation.breaks, "recompiles": compilation.recompiles},
+        "warnings": notes,
+    }
+    return report, _render(report)
+
+
+def _seconds(run: Run, load: float, compiling: float) -> dict[str, float | None]:
+    from cogx_fast.generation import median_step
+
+    return {
+        "load": load,
+        "total": run.total,
+        "first_step": run.first_step,
+        "median_step": median_step([run]),
+        "compile": compiling,
+    }
+
+
+def _render(report: dict[str, Any]) -> str:
+    from cogx_fast.costs import VideoSize
+
+    seconds = report["seconds"]
+    size = VideoSize(frames=report["frames"], height=report["height"], width=report["width"])
+    steps = f"{report['steps']} step" + ("s" if report["steps"] != 1 else "")
+    if seconds["median_step"] is not None:
+        steps += f" of {seconds['median_step']:.3g} s (prompt to first step {seconds['first_step']:.3g} s)"
+    compiled = f", compiled in {seconds['compile']:.1f} s" if report["compiled"] else ""
+    return (
+        f"{report['out']}: {size}, {report['fps']} fps\n"
+        f"{seconds['total']:.1f} s: {steps}, {report['dtype']} on {report['device']}{compiled}; "
+        f"loading took {seconds['load']:.1f} s"
+    )
+
+
+__all__ = ["add", "run"]
