@@ -18,7 +18,8 @@ def small(name: str, **changes: Any) -> TransformerConfig:
     preset = PRESETS[name]
     sizes: dict[str, Any] = {
         "num_attention_heads": 2, "num_layers": 2, "text_embed_dim": 32, "max_text_seq_length": 8, "time_embed_dim": 48,
-        "ofs_embed_dim": 48 if preset.ofs_embed_dim else None, "sample_height": 12, "sample_width": 10, "sample_frames": 13,
+        "ofs_embed_dim": 48 if preset.ofs_embed_dim else None,
+        "sample_height": 12, "sample_width": 10, "sample_frames": 13,
     }  # fmt: skip
     return dataclasses.replace(preset, **(sizes | changes))
 
