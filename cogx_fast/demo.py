@@ -27,6 +27,7 @@ from cogx_fast.generation import (
 from cogx_fast.locate import locate_pipeline
 from cogx_fast.optional import require
 from cogx_fast.plots import Point, plot_speed
+from cogx_fast.runtime.compile import CompilationStats, watch_compilation
 from cogx_fast.terminal import Progress, table
 from cogx_fast.video import check_directory, contact_sheet, write_image, write_video
 
@@ -104,8 +105,6 @@ def run_demo(
         MissingDependencyError: an optional package is not installed: the demo needs all of ``cogx-fast[all]``.
         OSError: ``out`` cannot be written, or the tiny pipeline is damaged.
     """
-    from cogx_fast.runtime.compile import CompilationStats, watch_compilation
-
     if request.steps < 2:
         raise ValueError(f"steps is {request.steps}, expected 2 or more: the first step compiles and is not timed")
     progress = progress or Progress()
@@ -125,8 +124,7 @@ def run_demo(
         return done
 
     first = {
-        name: run(name, "compiling, video" if setting.compile else "video", decode=True)
-        for name, setting in columns.items()
+        name: run(name, "compiling, video" if each.compile else "video", decode=True) for name, each in columns.items()
     }
     timed: dict[str, list[Run]] = {name: [] for name in columns}
     for number in range(rounds):
@@ -141,14 +139,11 @@ def run_demo(
             setting=setting,
             seconds_per_step=_known(median_step(timed[name])),
             first_step=first[name].first_step,
-            compile_seconds=sum(each.seconds for each in stats[name]),
-            graphs=sum(each.graphs for each in stats[name]),
-            breaks=sum(each.breaks for each in stats[name]),
-            recompiles=sum(each.recompiles for each in stats[name]),
             psnr_db=quality.psnr(videos[name], reference),
             ssim=quality.ssim(videos[name], reference),
             shows=None if read is None else str(read(videos[name])),
             video=out / f"{name.replace(', ', '-')}.mp4",
+            **_total(stats[name]),
         )
         for name, setting in columns.items()
     )
@@ -205,6 +200,16 @@ def render(result: DemoResult, request: Request, *, device: torch.device) -> str
 def reads_digits(location: str | None) -> bool:
     """Whether this pipeline is the trained tiny one, whose videos the judge can read."""
     return location is not None and (Path(location) / CHECKSUMS).is_file()
+
+
+def _total(stats: Sequence[CompilationStats]) -> dict[str, Any]:
+    """What all runs of one way compiled, as fields of its column."""
+    return {
+        "compile_seconds": sum(each.seconds for each in stats),
+        "graphs": sum(each.graphs for each in stats),
+        "breaks": sum(each.breaks for each in stats),
+        "recompiles": sum(each.recompiles for each in stats),
+    }
 
 
 def _reader(location: str | None) -> quality.Judge | None:
