@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.model.attention import get_backend
 from cogx_fast.runtime.upstream import model_class
 from cogx_fast.weights.checkpoint import load_checkpoint
@@ -44,7 +45,8 @@ def load(
 
     Args:
         source: a diffusers pipeline's directory or its ``transformer`` folder; a ``.safetensors`` file or the index of
-            several; a hub id; or a live model, diffusers' or ours, whose weights are shared (``weights.live.adopt``).
+            several; a hub id; "tiny", the trained pipeline that comes with the package; or a live model, diffusers' or
+            ours, whose weights are shared (``weights.live.adopt``).
         config: for files without a ``config.json`` beside them, or in its place: a configuration, a mapping, a path, or
             the name of a released model ("5b").
         dtype: of all weights, a ``torch.dtype`` or its name ("bf16", "fp16", "fp32"); None keeps them as stored.
@@ -80,7 +82,7 @@ def load(
         model = adopt(source, build, dtype=wanted, device=place, check_finite=check_finite)
     else:
         files = resolve(
-            source,
+            tiny_pipeline_dir() if source == "tiny" else source,
             config=config,
             variant=variant,
             revision=revision,

@@ -1,11 +1,10 @@
-"""What every test session shares: a cache of its own, and one compiled run of the demo."""
+"""What every test session shares: one compiled run of the demo."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,6 @@ def report(finished: Finished) -> dict[str, Any]:
     assert finished.status == 0, finished.err
     assert finished.out.count("\n") == 1
     return json.loads(finished.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The tiny pipeline is made anew for the session, not taken from (or left in) the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COGX_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -79,9 +78,3 @@ def generate(pipe: Any, **options: Any) -> np.ndarray[Any, Any]:
         del arguments["prompt"]
     generator = torch.Generator().manual_seed(0)
     return np.asarray(pipe(generator=generator, **(arguments | extra | options)).frames)
-
-
-def psnr(actual: Any, expected: Any) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in 0…1; infinite where they are equal."""
-    error = float(np.mean((np.asarray(actual, np.float64) - np.asarray(expected, np.float64)) ** 2))
-    return math.inf if error == 0 else -10 * math.log10(error)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,74 +89,22 @@ def test_words_change_the_embedding(pipe: Any) -> None:
     assert (left - right).norm() / left.norm() > 0.1
 
 
-def test_the_recipe_gives_the_same_weights_again(directory: Path, tmp_path: Path) -> None:
-    if directory.parent == Path(assets.__file__).parent:
-        pytest.skip("the trained pipeline is in use: the recipe's weights are not")
+def test_the_text_side_is_what_the_recipe_gives(pipe: Any) -> None:
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    recipe.make_tiny_pipeline(tmp_path)
+    tokenizer, encoder = recipe.make_text_side()
     assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers stay the caller's
-    for name in ("transformer", "vae"):
-        file = f"{name}/diffusion_pytorch_model.safetensors"
-        assert (tmp_path / file).read_bytes() == (directory / file).read_bytes()
+    assert tokenizer.get_vocab() == pipe.tokenizer.get_vocab()
+    shipped = pipe.text_encoder.state_dict()
+    assert all(torch.equal(value.bfloat16().float(), shipped[name]) for name, value in encoder.state_dict().items())
 
 
-def test_a_trained_one_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assets, "_TRAINED", tmp_path)
-    (tmp_path / "model_index.json").write_text("{}")
-    assert assets.tiny_pipeline_dir() == tmp_path
-
-
-def test_the_cache_is_where_the_user_says_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COGX_FAST_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert recipe.cache_root() == tmp_path / "xdg" / "cogx_fast"
-    monkeypatch.setenv("COGX_FAST_CACHE", str(tmp_path / "own"))
-    assert recipe.cache_root() == tmp_path / "own"
-    monkeypatch.delenv("COGX_FAST_CACHE")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert recipe.cache_root() == Path.home() / ".cache" / "cogx_fast"
-
-
-def test_an_interrupted_making_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(directory: Path) -> None:
-        (Path(directory) / "model_index.json").write_text("{}")
-        raise KeyboardInterrupt
-
-    monkeypatch.setenv("COGX_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(recipe, "make_tiny_pipeline", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        recipe.cached_pipeline_dir()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_second_of_two_makers_uses_the_first_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def overtaken(making: Path) -> None:
-        (Path(making) / "model_index.json").write_text(json.dumps("second"))
-        first = tmp_path / Path(making).name.removeprefix(".").rpartition("-")[0]
-        shutil.copytree(making, first)
-        (first / "model_index.json").write_text(json.dumps("first"))
-
-    monkeypatch.setenv("COGX_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(recipe, "make_tiny_pipeline", overtaken)
-    directory = recipe.cached_pipeline_dir()
-    assert json.loads((directory / "model_index.json").read_text()) == "first"
-    assert list(tmp_path.iterdir()) == [directory]
-
-
-def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("COGX_FAST_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OSError, match="set COGX_FAST_CACHE to a directory that can be written"):
-        recipe.cached_pipeline_dir()
-
-
-def test_without_diffusers_the_error_says_what_to_install() -> None:
+def test_without_transformers_the_error_says_what_to_install() -> None:
     code = (
-        "import sys; sys.modules['diffusers'] = None\n"
-        "from cogx_fast.assets.recipe import make_tiny_pipeline\n"
-        "make_tiny_pipeline('nowhere')"
+        "import sys; sys.modules['transformers'] = None\n"
+        "from cogx_fast.assets.recipe import make_text_side\n"
+        "make_text_side()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert "MissingDependencyError: diffusers is needed to make the tiny pipeline: pip install" in result.stderr
+    assert "MissingDependencyError: transformers is needed to make the tiny pipeline's text side: pip" in result.stderr

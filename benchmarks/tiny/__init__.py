@@ -1,0 +1,1 @@
+"""The tiny pipeline: how it is trained and judged."""

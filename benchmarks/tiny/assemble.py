@@ -3,46 +3,46 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cogx_fast.assets import CHECKSUMS
-from cogx_fast.assets.recipe import make_tiny_pipeline
+from cogx_fast.assets.recipe import SCHEDULER_CONFIG, make_text_side
 from cogx_fast.runtime.module import CogVideoXModel
 
 DTYPE = torch.bfloat16
 """Of every weight in the files."""
 
 
-def text_side(folder: Path) -> Any:
-    """A pipeline with the final tokenizer, text encoder (its weights as the files will round them) and scheduler."""
-    from diffusers import CogVideoXPipeline
+def text_side() -> Any:
+    """A pipeline of the final tokenizer, text encoder (its weights as the files will round them) and scheduler."""
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
-    base = folder / "base"
-    if not (base / "model_index.json").exists():
-        make_tiny_pipeline(base)
-    pipe = CogVideoXPipeline.from_pretrained(base)
-    pipe.text_encoder.to(DTYPE).float()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    tokenizer, text_encoder = make_text_side()
+    return CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.to(DTYPE).float(),
+        vae=None,
+        transformer=None,
+        scheduler=CogVideoXDDIMScheduler(**SCHEDULER_CONFIG),
+    )
 
 
-def assemble(folder: Path, vae: Any, transformer: CogVideoXModel, out: Path) -> None:
+def assemble(vae: Any, transformer: CogVideoXModel, out: Path) -> None:
     """Write the pipeline, in ``DTYPE``, with checksums of its files; a model card that is there stays.
 
     The text encoder's file is in fp32 (a megabyte), its values those of ``DTYPE``: transformers loads a model in the
     files' dtype, while diffusers loads everything else in fp32, and the two must meet.
     """
-    pipe = text_side(folder)
-    pipe.register_modules(vae=vae.to(DTYPE))
+    from diffusers import CogVideoXTransformer3DModel
+
+    pipe = text_side()
+    stand_in = CogVideoXTransformer3DModel(**transformer.config)  # so that the index names diffusers' class
+    pipe.register_modules(vae=vae.to(DTYPE), transformer=stand_in)
     pipe.save_pretrained(out)
     transformer.to(DTYPE).save_pretrained(out / "transformer")
-    index = json.loads((out / "model_index.json").read_text(encoding="utf-8"))
-    index.pop("_name_or_path", None)  # where the parts lay on the machine that trained them
-    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     write_checksums(out)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.tiny.assemble import quiet
+from benchmarks.tiny.vae import reconstruction_psnr
 from cogx_fast import quality
 from cogx_fast.assets import digits, tiny_pipeline_dir
 
@@ -36,13 +37,16 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.monotonic()
     with ProcessPoolExecutor(options.workers) as pool:
         seeds = range(options.seed, options.seed + options.rounds)
+        waiting = pool.submit(_reconstruct, options)
         rounds = list(pool.map(_generate, [options] * len(seeds), seeds))
+        frame_db, square_db = waiting.result()
     videos = np.concatenate(rounds)
     np.savez_compressed(options.out / "videos.npz", videos=videos)
     asked = [(digit, motion) for digit, motion, _ in digits.all_prompts()] * options.rounds
     metrics = {
         "steps": options.steps, "guidance": options.guidance, "dtype": options.dtype, "seed": options.seed,
         "seconds": round(time.monotonic() - began), "generated": report(quality.measure(videos, asked)),
+        "vae_held_out_db": {"frame": round(frame_db, 2), "digit_square": round(square_db, 2)},
         "judge_on_held_out": report(quality.measure(*quality.real_clips(297))), "neighbours": neighbours(videos),
     }  # fmt: skip
     (options.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -57,6 +61,12 @@ def _generate(options: argparse.Namespace, seed: int) -> np.ndarray[Any, Any]:
     return generate(
         pipe, [words for _, _, words in digits.all_prompts()], seed=seed, steps=options.steps, guidance=options.guidance
     )
+
+
+def _reconstruct(options: argparse.Namespace) -> tuple[float, float]:
+    quiet()
+    torch.set_num_threads(1)
+    return reconstruction_psnr(load_pipeline(options.pipeline, torch.float32).vae)
 
 
 def load_pipeline(directory: Path, dtype: torch.dtype) -> Any:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import multiprocessing.connection
+import os
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -11,7 +15,14 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from benchmarks.tiny.assemble import assemble, quiet, text_side
-from benchmarks.tiny.transformer import Task, TransformerPlan, cached_latents, text_embeddings, train_transformer
+from benchmarks.tiny.transformer import (
+    LATENTS,
+    Task,
+    TransformerPlan,
+    cached_latents,
+    text_embeddings,
+    train_transformer,
+)
 from benchmarks.tiny.vae import VaePlan, reconstruction_psnr, train_vae
 
 
@@ -33,28 +44,34 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _work(rank: int, options: argparse.Namespace, meeting: str) -> None:
     """One worker; all do the same, each on its part of every batch."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet()
     torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=options.workers)
     crops, whole = options.vae_steps
     vae = train_vae(VaePlan(crop_steps=crops, whole_steps=whole), options.work)
-    if rank == 0:
+    if rank == 0 and not (options.work / LATENTS).exists():  # once, not after every kill
         frame, inside = reconstruction_psnr(vae)
         print(
             f"VAE on held-out clips: {frame:.2f} dB over the frame, {inside:.2f} dB in the digit's square", flush=True
         )
     plan = TransformerPlan(steps=options.steps, clips=options.clips, compile=not options.eager)
     latents, prompts = cached_latents(vae, plan, options.work)
-    if rank == 0:
-        text_side(options.work)  # made by one
-    dist.barrier()
-    task = Task(latents, prompts, text_embeddings(text_side(options.work)), plan)
+    task = Task(latents, prompts, text_embeddings(text_side()), plan)
     run = train_transformer(task, plan, options.work)
     if rank == 0:
         out = options.out or options.work / "pipeline"
-        assemble(options.work, vae, run.model, out)
+        assemble(vae, run.model, out)
         print(f"wrote {out}", flush=True)
     dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """A worker does not train on when the process that started it is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 if __name__ == "__main__":

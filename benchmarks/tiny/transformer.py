@@ -18,13 +18,14 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.runtime.module import CogVideoXModel
 
 MAX_TEXT = 8
+LATENTS = "latents.pt"
 EMPTY = 10 * len(digits.MOTIONS)
 """Index of the empty prompt, behind those of all digits and motions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerPlan:
-    steps: int = 4000
+    steps: int = 3050
     batch: int = 64
     clips: int = 6000
     """Clips encoded once and drawn from."""
@@ -53,7 +54,7 @@ def text_embeddings(pipe: Any) -> Tensor:
 
 def cached_latents(vae: Any, plan: TransformerPlan, folder: Path) -> tuple[Tensor, Tensor]:
     """Latents ``(clips, F, C, H, W)`` of training clips, and the index of each one's prompt."""
-    path = folder / "latents.pt"
+    path = folder / LATENTS
     if not path.exists():
         pictures, labels = digits.load("train")
         generator = torch.Generator().manual_seed(SEED + 2)
@@ -155,6 +156,6 @@ def train_transformer(task: Task, plan: TransformerPlan, folder: Path, *, stop_a
 
 
 __all__ = [
-    "EMPTY", "MAX_TEXT", "Task", "TransformerPlan", "cached_latents", "make_optimizers", "make_transformer",
+    "EMPTY", "LATENTS", "MAX_TEXT", "Task", "TransformerPlan", "cached_latents", "make_optimizers", "make_transformer",
     "text_embeddings", "train_transformer",
 ]  # fmt: skip

@@ -1,25 +1,18 @@
-"""How the tiny pipeline is made: diffusers' and transformers' own classes, small, seeded, with random weights.
+"""How the tiny pipeline is made: diffusers' and transformers' own classes, small, seeded.
 
-The text side (tokenizer and frozen encoder) is final; the VAE and the transformer wait for training.
+The text side (tokenizer and frozen random encoder) is made here; the VAE and the transformer are trained by
+``benchmarks/tiny``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.metadata
-import json
-import os
-import shutil
 import string
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cogx_fast.config import TransformerConfig
-from cogx_fast.optional import MissingDependencyError, require
+from cogx_fast.optional import require
 
 SEED = 20240812
 
@@ -67,94 +60,18 @@ def vocabulary() -> list[tuple[str, float]]:
     return list(scores.items())
 
 
-def make_tiny_pipeline(directory: str | os.PathLike[str]) -> None:
-    """Write the tiny pipeline with random weights, always the same ones, in diffusers' format.
-
-    Args:
-        directory: where to; made if need be.
+def make_text_side() -> tuple[Any, Any]:
+    """The tokenizer, and the frozen text encoder with random weights, always the same ones.
 
     Raises:
-        MissingDependencyError: diffusers or transformers is not installed.
+        MissingDependencyError: transformers is not installed.
     """
-    diffusers = require("diffusers", why="to make the tiny pipeline")
-    transformers = require("transformers", why="to make the tiny pipeline")
+    transformers = require("transformers", why="to make the tiny pipeline's text side")
     pieces = vocabulary()
-    tokenizer = transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        text_encoder = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(pieces), **TEXT_CONFIG))
-        vae = diffusers.AutoencoderKLCogVideoX(**VAE_CONFIG)
-        _spread_colours(vae)
-        transformer = diffusers.CogVideoXTransformer3DModel(**TransformerConfig.preset("tiny"))
-    diffusers.CogVideoXPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder.eval(),
-        vae=vae.eval(),
-        transformer=transformer.eval(),
-        scheduler=diffusers.CogVideoXDDIMScheduler(**SCHEDULER_CONFIG),
-    ).save_pretrained(directory)
+        encoder = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(pieces), **TEXT_CONFIG))
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0), encoder.eval().requires_grad_(False)
 
 
-def cached_pipeline_dir() -> Path:
-    """The pipeline of ``make_tiny_pipeline`` in the user's cache, made there if it is not.
-
-    It appears whole or not at all, also when several processes make it at once.
-
-    Raises:
-        MissingDependencyError: diffusers or transformers is not installed.
-        OSError: the cache cannot be written; the message names it and how to choose another.
-    """
-    root = cache_root()
-    directory = root / f"tiny-{_recipe_hash()}"
-    if (directory / "model_index.json").is_file():
-        return directory
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=root))
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(
-            f"cannot write the cache {root} ({reason}): set COGX_FAST_CACHE to a directory that can be written"
-        ) from None
-    try:
-        make_tiny_pipeline(making)
-        making.chmod(0o755)  # mkdtemp's is for this user alone
-        with contextlib.suppress(OSError):  # another process was first: its pipeline is the same
-            making.rename(directory)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-    if not (directory / "model_index.json").is_file():
-        raise OSError(f"{directory} is in the way and is no pipeline: remove it")
-    return directory
-
-
-def cache_root() -> Path:
-    """``$COGX_FAST_CACHE``, else ``$XDG_CACHE_HOME/cogx_fast``, else ``~/.cache/cogx_fast``, as they are now."""
-    if own := os.environ.get("COGX_FAST_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "cogx_fast"
-
-
-def _recipe_hash() -> str:
-    """Twelve hex digits that change with the recipe and with the versions of what writes the files."""
-    digest = hashlib.sha256(Path(__file__).read_bytes() + _WORDS.read_bytes())
-    digest.update(json.dumps(TransformerConfig.preset("tiny").to_dict()).encode())
-    for package in ("diffusers", "transformers", "torch"):
-        try:
-            digest.update(importlib.metadata.version(package).encode())
-        except importlib.metadata.PackageNotFoundError:
-            raise MissingDependencyError(
-                f"{package} is needed to make the tiny pipeline: pip install 'cogx-fast[pipelines,video]'"
-            ) from None
-    return digest.hexdigest()[:12]
-
-
-def _spread_colours(vae: Any) -> None:
-    """Scale the decoder's last layer so that random latents fill the range of colours, where it would be all grey."""
-    latents = torch.randn(1, VAE_CONFIG["latent_channels"], 3, 8, 8)
-    video = vae.decode(latents).sample
-    last = vae.decoder.conv_out.conv
-    mean, std = video.mean(dim=(0, 2, 3, 4)), video.std(dim=(0, 2, 3, 4))
-    last.bias.sub_(mean).mul_(0.5 / std)
-    last.weight.mul_((0.5 / std)[:, None, None, None, None])
+__all__ = ["SCHEDULER_CONFIG", "SEED", "TEXT_CONFIG", "VAE_CONFIG", "make_text_side", "vocabulary"]

@@ -78,8 +78,8 @@ def test_the_loss_falls(task: stage.Task, tmp_path: Path) -> None:
     assert after < 0.97 * before
 
 
-def test_every_prompt_has_its_own_text(tmp_path: Path) -> None:
-    pipe = assemble.text_side(tmp_path)
+def test_every_prompt_has_its_own_text() -> None:
+    pipe = assemble.text_side()
     text = stage.text_embeddings(pipe)
     assert text.shape == (51, stage.MAX_TEXT, 64)
     assert torch.pdist(text.flatten(1)).min() > 1.0
@@ -126,7 +126,7 @@ def test_workers_share_a_batch_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_assembled_pipeline_is_whole_and_unmodified_diffusers_runs_it(tmp_path: Path) -> None:
     model = stage.make_transformer()
-    assemble.assemble(tmp_path, vae_stage.make_vae(), model, tmp_path / "pipeline")
+    assemble.assemble(vae_stage.make_vae(), model, tmp_path / "pipeline")
     assert "_name_or_path" not in (tmp_path / "pipeline/model_index.json").read_text()
     listed = (tmp_path / "pipeline" / assets.CHECKSUMS).read_text()
     assert {line.split("  ")[1] for line in listed.splitlines()} == {
