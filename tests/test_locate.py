@@ -55,7 +55,7 @@ def test_the_vae_says_how_large_a_latent_pixel_is(pipeline: Path) -> None:
 def test_what_the_headers_say(pipeline: Path) -> None:
     stored = read_stored_weights(locate(str(pipeline)))
     assert stored is not None
-    assert (stored.files, stored.parameters, dict(stored.dtypes)) == (1, 4_570_528, {"F32": 4_570_528})
+    assert (stored.files, stored.parameters, dict(stored.dtypes)) == (1, 4_570_528, {"BF16": 4_570_528})
     assert stored.bytes == (pipeline / "transformer" / WEIGHTS).stat().st_size
 
 
