@@ -55,7 +55,10 @@ def test_given_tables_and_other_text_lengths_of_the_same_total_reuse_the_graph(
     with watch_compilation() as stats:
         rotary = pipeline_rotary(model.config, arguments["hidden_states"])
         actual = call(model, arguments | {"image_rotary_emb": rotary})
+        longer_text = inputs(model.config, frames=3, text_len=38)  # 8 + 120 tokens before, 38 + 90 now
+        actual_longer = call(model, longer_text)
     assert relative_error(actual, call(eager, arguments)) <= 1e-5
+    assert relative_error(actual_longer, call(eager, longer_text)) <= 1e-5
     assert stats.graphs == 0
 
 
