@@ -42,7 +42,7 @@ class Runs:
         return cls(starts[is_first], reached[last])
 
     def repeated(self, stride: int, times: int) -> Runs:
-        """The union of this set moved by 0, stride, 2·stride, …"""
+        """The union of this set moved by 0, stride, 2·stride and so on."""
         if len(self.starts) == 1 and stride <= self.ends[0] - self.starts[0]:
             return Runs(self.starts, self.ends + stride * (times - 1))
         if len(self.starts) * times > MOST_RUNS:

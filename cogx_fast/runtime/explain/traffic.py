@@ -1,7 +1,11 @@
 """What each launch of a lowered graph must read, write and compute, from Inductor's own schedule.
 
-The rule for bytes stands in ``report.Launch``. Generated kernels are counted from the loads and stores that Inductor
-scheduled; library calls and templates from the layouts of their arguments and results.
+Bytes: each element of memory that a launch must read counts once, and each that it writes once, however often the code
+touches it; so a view counts its own part of a buffer, and a broadcast what is stored. Library calls and templates count
+their inputs and outputs, attention without its repeated reads of keys and values.
+
+Generated kernels are counted from the loads and stores that Inductor scheduled; library calls and templates from the
+layouts of their arguments and results.
 """
 
 from __future__ import annotations
@@ -14,10 +18,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.codegen.footprint import Runs, TooManyOffsets, offsets, union
-from benchmarks.codegen.report import CodegenError
+from cogx_fast.runtime.explain.footprint import Runs, TooManyOffsets, offsets, union
 
 aten = torch.ops.aten
+
+
+class CountError(RuntimeError):
+    """The counts would not be true; the message says why."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +49,7 @@ def count(graph: Any) -> list[Work]:
         graph: Inductor's ``GraphLowering`` after code generation, the current one (``V.graph``).
 
     Raises:
-        CodegenError: a matrix product or attention of the graph belongs to no launch, or to several.
+        CountError: a matrix product or attention of the graph belongs to no launch, or to several.
     """
     counted: dict[Any, set[int]] = defaultdict(set)
     works: list[Work] = []
@@ -61,7 +68,7 @@ def count(graph: Any) -> list[Work]:
         # a generated kernel that only prepares the arguments of a library's call names it among its origins, too
         takers = [i for i in counted[origin] if works[i].is_called] or list(counted[origin])
         if len(takers) != 1:
-            raise CodegenError(f"{origin} belongs to {len(takers)} launches, expected 1")
+            raise CountError(f"{origin} belongs to {len(takers)} launches, expected 1")
         _add_product(works[takers[0]], origin)
     return works
 

@@ -1,0 +1,1 @@
+"""What a model becomes when it is compiled: the graphs, the kernels, and what each reads, writes and computes."""
