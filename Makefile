@@ -38,7 +38,7 @@ type: $(STAMP) ## Check types only
 bench: $(STAMP) ## Run the benchmarks
 	@$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-train-tiny: $(STAMP) ## Train the tiny model from nothing: up to two hours on two cores; goes on where it was stopped
+train-tiny: $(STAMP) ## Train the tiny model from nothing, on a GPU or two cores (up to two hours); goes on where it was stopped
 	@$(BIN)/python -m benchmarks.tiny.train $(ARGS)
 
 clean: ## Remove caches and build output (.venv stays)

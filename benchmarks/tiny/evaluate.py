@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -29,13 +30,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, default=6.0, help="guidance scale [6, the pipeline's own default]")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the pipeline [float32]")
     parser.add_argument("--seed", type=int, default=0, help="of the first round; the next ones follow it [0]")
+    parser.add_argument("--device", default="cpu", help="to generate on [%(default)s]")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each [2]")
     parser.add_argument("--out", type=Path, default=Path("out/tiny"), help="where results go [out/tiny]")
     options = parser.parse_args(arguments)
     options.pipeline = options.pipeline or tiny_pipeline_dir()
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with ProcessPoolExecutor(options.workers) as pool:
+    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:  # CUDA forbids forks
         seeds = range(options.seed, options.seed + options.rounds)
         waiting = pool.submit(_reconstruct, options)
         rounds = list(pool.map(_generate, [options] * len(seeds), seeds))
@@ -44,8 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     np.savez_compressed(options.out / "videos.npz", videos=videos)
     asked = [(digit, motion) for digit, motion, _ in digits.all_prompts()] * options.rounds
     metrics = {
-        "steps": options.steps, "guidance": options.guidance, "dtype": options.dtype, "seed": options.seed,
-        "seconds": round(time.monotonic() - began), "generated": report(quality.measure(videos, asked)),
+        "steps": options.steps, "guidance": options.guidance, "dtype": options.dtype, "device": options.device,
+        "seed": options.seed, "seconds": round(time.monotonic() - began),
+        "generated": report(quality.measure(videos, asked)),
         "vae_held_out_db": {"frame": round(frame_db, 2), "digit_square": round(square_db, 2)},
         "judge_on_held_out": report(quality.measure(*quality.real_clips(297))), "neighbours": neighbours(videos),
     }  # fmt: skip
@@ -57,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _generate(options: argparse.Namespace, seed: int) -> np.ndarray[Any, Any]:
     quiet()
     torch.set_num_threads(1)
-    pipe = load_pipeline(options.pipeline, getattr(torch, options.dtype))
+    pipe = load_pipeline(options.pipeline, getattr(torch, options.dtype)).to(options.device)
     return generate(
         pipe, [words for _, _, words in digits.all_prompts()], seed=seed, steps=options.steps, guidance=options.guidance
     )
@@ -66,7 +69,7 @@ def _generate(options: argparse.Namespace, seed: int) -> np.ndarray[Any, Any]:
 def _reconstruct(options: argparse.Namespace) -> tuple[float, float]:
     quiet()
     torch.set_num_threads(1)
-    return reconstruction_psnr(load_pipeline(options.pipeline, torch.float32).vae)
+    return reconstruction_psnr(load_pipeline(options.pipeline, torch.float32).vae.to(options.device))
 
 
 def load_pipeline(directory: Path, dtype: torch.dtype) -> Any:

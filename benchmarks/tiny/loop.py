@@ -1,8 +1,9 @@
 """A training run: steps with a schedule, an average of the weights, checkpoints, and the same result after a kill.
 
-Everything random in step n comes from a generator seeded with n (and the worker's rank), so a resumed run repeats an
-uninterrupted one. Several workers, one thread each, share a batch and average their gradients: on a few cores that is
-faster than one worker with several threads, which wait for each other in every kernel.
+Everything random in step n comes from a generator on the CPU seeded with n (and the worker's rank): so a resumed run
+repeats an uninterrupted one, and a GPU draws what a CPU does. Several workers, one thread each, share a batch and
+average their gradients: on a few cores that is faster than one worker with several threads, which wait for each other
+in every kernel.
 """
 
 from __future__ import annotations
@@ -95,6 +96,11 @@ def train(run: Run, folder: Path, *, stop_at: int | None = None) -> None:
         dist.barrier()
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is trained."""
+    return next(model.parameters()).device
+
+
 def rank() -> int:
     """This worker's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -163,7 +169,7 @@ def _save(run: Run, path: Path, step: int) -> None:
 def _restore(run: Run, path: Path) -> int:
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location=device_of(run.model))
     done = int(state["step"])
     same_rates = done == 0 or _rate_factor(run, done - 1, run.steps) == _rate_factor(run, done - 1, state["steps"])
     if state["seed"] != run.seed or not same_rates:
@@ -201,4 +207,4 @@ class _Progress:
         print(line, end="\n" if step == self.steps or not self.is_terminal else "", file=sys.stderr, flush=True)
 
 
-__all__ = ["Run", "cosine", "hold_then_linear", "rank", "share", "train", "world"]
+__all__ = ["Run", "cosine", "device_of", "hold_then_linear", "rank", "share", "train", "world"]

@@ -120,22 +120,24 @@ class Task:
         """Mean squared error of the predicted velocity; timesteps are spread evenly over the batch."""
         batch = share(self.plan.batch)
         chosen = torch.randint(len(self.latents), (batch,), generator=generator)
-        clean = self.latents[chosen]
+        clean = self.latents[chosen].to(model.device)
         is_empty = torch.rand(batch, generator=generator) < self.plan.empty_share
-        text = self.text[torch.where(is_empty, EMPTY, self.prompts[chosen])]
+        text = self.text[torch.where(is_empty, EMPTY, self.prompts[chosen])].to(model.device)
         spread = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        timesteps = (spread * len(self.scheduler.alphas_cumprod)).long()
-        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = (spread * len(self.scheduler.alphas_cumprod)).long().to(model.device)
+        noise = torch.randn(clean.shape, generator=generator).to(model.device)
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
         wanted = self.scheduler.get_velocity(clean, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16):
             predicted = model(noisy, text, timesteps, return_dict=False)[0]
         return (predicted.float() - wanted).square().mean()
 
 
-def train_transformer(task: Task, plan: TransformerPlan, folder: Path, *, stop_at: int | None = None) -> Run:
+def train_transformer(
+    task: Task, plan: TransformerPlan, folder: Path, device: str = "cpu", *, stop_at: int | None = None
+) -> Run:
     """Train (from the checkpoint in ``folder`` where there is one); ``Run.model`` is the result, averaged."""
-    model = make_transformer()
+    model = make_transformer().to(device)
     if plan.compile:
         from cogx_fast.runtime.compile import CompileConfig, compile_model
 

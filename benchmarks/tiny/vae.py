@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.tiny.loop import Run, cosine, share, train
+from benchmarks.tiny.loop import Run, cosine, device_of, share, train
 from cogx_fast.assets import digits
 from cogx_fast.assets.recipe import SEED, VAE_CONFIG
 
@@ -39,9 +39,9 @@ def make_vae() -> Any:
         return AutoencoderKLCogVideoX(**VAE_CONFIG)
 
 
-def train_vae(plan: VaePlan, folder: Path) -> Any:
+def train_vae(plan: VaePlan, folder: Path, device: str = "cpu") -> Any:
     """The trained VAE (from the checkpoints in ``folder`` where they are there)."""
-    vae = make_vae()
+    vae = make_vae().to(device)
     train(_run(vae, "vae-crops", plan, whole=False), folder)
     fold_statistics(vae, *latent_statistics(vae))
     train(_run(vae, "vae-whole", plan, whole=True), folder)
@@ -83,10 +83,11 @@ def as_input(video_BFHW: Tensor) -> Tensor:
 
 
 def vae_loss(vae: Any, video: Tensor, generator: torch.Generator) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    video = video.to(device_of(vae))
+    with torch.autocast(video.device.type, torch.bfloat16):
         posterior = vae.encode(video).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        noise = torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         decoded = vae.decode(mean + noise * (0.5 * logvar).exp()).sample.float()
     strokes = F.max_pool3d(video[:, :1] + 1, (1, 5, 5), 1, (0, 2, 2)).clamp(0, 1)
     weight = 1 + (DIGIT_WEIGHT - 1) * strokes
@@ -98,12 +99,12 @@ def vae_loss(vae: Any, video: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: Any, clips: digits.Clips, pictures: Tensor, *, batch: int = 16) -> Tensor:
-    """Latents ``(B, F, C, H, W)`` of clips, in bf16 arithmetic, as the transformer takes them."""
-    parts = []
+    """Latents ``(B, F, C, H, W)`` of clips, on the CPU, in bf16 arithmetic, as the transformer takes them."""
+    device, parts = device_of(vae), []
     for start in range(0, len(clips), batch):
-        video = digits.render(clips.part(slice(start, start + batch)), pictures)
-        with torch.autocast("cpu", torch.bfloat16):
-            parts.append(vae.encode(as_input(video)).latent_dist.mean.float().transpose(1, 2))
+        video = digits.render(clips.part(slice(start, start + batch)), pictures).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            parts.append(vae.encode(as_input(video)).latent_dist.mean.float().transpose(1, 2).cpu())
     return torch.cat(parts)
 
 
@@ -124,7 +125,8 @@ def fold_statistics(vae: Any, mean: Tensor, deviation: Tensor) -> None:
     Exact but for the mean at the edges of the canvas, where the decoder's first convolution pads with zeros: so it is
     done before the last training too, and what is left to fold after that is small.
     """
-    channels = len(mean)
+    channels, device = len(mean), device_of(vae)
+    mean, deviation = mean.to(device), deviation.to(device)
     last = vae.encoder.conv_out.conv
     last.weight[:channels] /= deviation[:, None, None, None, None]
     last.bias[:channels] = (last.bias[:channels] - mean) / deviation
@@ -149,7 +151,7 @@ def reconstruction_psnr(vae: Any, *, count: int = 100) -> tuple[float, float]:
     for start in range(0, count, 10):
         part = clips.part(slice(start, start + 10))
         video = digits.render(part, pictures)
-        decoded = vae.decode(vae.encode(as_input(video)).latent_dist.mean).sample
+        decoded = vae.decode(vae.encode(as_input(video).to(device_of(vae))).latent_dist.mean).sample.cpu()
         error = ((decoded.clamp(-1, 1) + 1) / 2 - video[:, None]).square().mean(1)
         squares.append(error.flatten())
         inside.append(error[digits.boxes(part)])

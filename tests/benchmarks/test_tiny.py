@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.tiny import assemble, evaluate, loop
+from benchmarks.tiny import assemble, evaluate, loop, train
 from benchmarks.tiny import transformer as stage
 from benchmarks.tiny import vae as vae_stage
 from cogx_fast import assets
@@ -148,3 +151,54 @@ def test_one_prompt_gives_one_row_of_the_contact_sheet(tmp_path: Path) -> None:
     evaluate.contact_sheet(np.zeros((50, 17, 64, 64, 3), np.uint8), tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as picture:
         assert picture.size == (5 * (3 * 66 + 6), 10 * 66)
+
+
+ON_A_DESCRIBED_GPU = """
+import ctypes, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from benchmarks.codegen import devices, inductor, shim
+from benchmarks.tiny import transformer as stage, vae as vae_stage
+from cogx_fast.assets import digits
+
+if torch.version.cuda is None:
+    ctypes.CDLL(str(shim.guard()))
+inductor.describe(devices.get_device("h100"))
+generator, pictures = torch.Generator().manual_seed(0), torch.rand(10, 28, 28)
+with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.device("cuda"):
+        model, vae = stage.make_transformer(), vae_stage.make_vae()
+    plan = stage.TransformerPlan(batch=4)
+    task = stage.Task(torch.randn(20, 5, 8, 8, 8), torch.arange(20), torch.randn(51, 8, 64), plan)
+    print(task.loss(model, generator).device)
+    video = vae_stage.draw_batch(pictures, 1, generator, whole=True)
+    print(vae_stage.vae_loss(vae, video, generator).device)
+    clips = digits.draw_clips(torch.arange(4), torch.arange(4), generator)
+    print(vae_stage.encode(vae, clips, pictures).device)
+    vae_stage.fold_statistics(vae, torch.zeros(8), torch.ones(8))
+"""
+
+
+def test_every_step_runs_where_the_model_is() -> None:
+    """With fake tensors of a GPU that is only described, which refuse to mix with those of the CPU."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ON_A_DESCRIBED_GPU],
+        capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["cuda:0", "cuda:0", "cpu"]
+
+
+def test_a_gpu_is_not_shared_by_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--work", str(tmp_path / "work"), "--device", "cuda", "--workers", "2"])
+    assert "--workers 2 with --device cuda" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.gpu
+def test_the_loss_falls_on_a_gpu_as_on_the_cpu(task: stage.Task, tmp_path: Path) -> None:
+    on_cpu = stage.train_transformer(task, PLAN, tmp_path / "cpu")
+    on_gpu = stage.train_transformer(task, PLAN, tmp_path / "gpu", "cuda")
+    assert on_gpu.model.device.type == "cuda"
+    assert on_gpu.history[-1][1] == pytest.approx(on_cpu.history[-1][1], rel=0.02)  # the same draws, other rounding
