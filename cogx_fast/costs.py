@@ -29,6 +29,8 @@ class Linear(NamedTuple):
     """Some linears of one shape and role."""
 
     part: str
+    role: str
+    """What they compute, in words."""
     inputs: int
     outputs: int
     bias: bool
@@ -151,19 +153,19 @@ def linears(config: TransformerConfig) -> Iterator[Linear]:
     once = "video in the batch"
 
     patch_bias = config.patch_bias or config.patch_size_t is not None
-    yield Linear("patch embed", config.in_channels * patch_values, dim, patch_bias, "video", 1)
-    yield Linear("patch embed", config.text_embed_dim, dim, True, "text", 1)
-    yield Linear("time embedding", dim, emb, True, once, 1)
-    yield Linear("time embedding", emb, emb, True, once, 1)
+    yield Linear("patch embed", "patches", config.in_channels * patch_values, dim, patch_bias, "video", 1)
+    yield Linear("patch embed", "text", config.text_embed_dim, dim, True, "text", 1)
+    yield Linear("time embedding", "timestep", dim, emb, True, once, 1)
+    yield Linear("time embedding", "timestep", emb, emb, True, once, 1)
     if config.ofs_embed_dim is not None:
-        yield Linear("time embedding", config.ofs_embed_dim, config.ofs_embed_dim, True, once, 2)
-    yield Linear("modulation", emb, 6 * dim, True, once, 2 * layers)
-    yield Linear("attention", dim, dim, config.attention_bias, "joint", 3 * layers)
-    yield Linear("attention", dim, dim, True, "joint", layers)
-    yield Linear("feed-forward", dim, (8 if gated else 4) * dim, True, "joint", layers)
-    yield Linear("feed-forward", 4 * dim, dim, True, "joint", layers)
-    yield Linear("modulation", emb, 2 * dim, True, once, 1)
-    yield Linear("head", dim, config.out_channels * patch_values, True, "video", 1)
+        yield Linear("time embedding", "ofs", config.ofs_embed_dim, config.ofs_embed_dim, True, once, 2)
+    yield Linear("modulation", "modulation of blocks", emb, 6 * dim, True, once, 2 * layers)
+    yield Linear("attention", "queries, keys, values", dim, dim, config.attention_bias, "joint", 3 * layers)
+    yield Linear("attention", "attention out", dim, dim, True, "joint", layers)
+    yield Linear("feed-forward", "feed-forward in", dim, (8 if gated else 4) * dim, True, "joint", layers)
+    yield Linear("feed-forward", "feed-forward out", 4 * dim, dim, True, "joint", layers)
+    yield Linear("modulation", "modulation of the head", emb, 2 * dim, True, once, 1)
+    yield Linear("head", "head", dim, config.out_channels * patch_values, True, "video", 1)
 
 
 def count_parameters(config: TransformerConfig) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The command ``cogx-fast``: demo, generate, compare, info; a module each.
+"""The command ``cogx-fast``: a module for each command.
 
 Results go to stdout (with ``--json`` exactly one JSON object), everything else to stderr. Exit status: 0 done, 1
 failed, 2 asked for something that cannot be, 130 interrupted.
@@ -11,13 +11,13 @@ import json
 from collections.abc import Sequence
 
 from cogx_fast import __version__
-from cogx_fast.cli import compare, demo, generate, info
+from cogx_fast.cli import compare, demo, generate, info, roofline
 from cogx_fast.cli.arguments import Parser
 from cogx_fast.cli.output import fail, one_line, quiet_libraries
 from cogx_fast.optional import MissingDependencyError
 from cogx_fast.terminal import Progress
 
-_COMMANDS = {"demo": demo, "generate": generate, "compare": compare, "info": info}
+_COMMANDS = {"demo": demo, "generate": generate, "compare": compare, "info": info, "roofline": roofline}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,133 @@
+"""``cogx-fast roofline``: where a step's time must go on a device, by its ceilings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from cogx_fast import costs, roofline
+from cogx_fast.cli.arguments import add_command, add_size, count
+from cogx_fast.costs import VideoSize
+from cogx_fast.devices import DEVICES, get_device
+from cogx_fast.locate import locate
+from cogx_fast.terminal import Progress, scaled, table
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    command = add_command(
+        commands, "roofline", run, "say how fast a step can be on a device at most, and where its time must go",
+        "Operations, bytes and the least time of each part of one denoising step at a device's ceilings.",
+    )  # fmt: skip
+    command.add_argument("--preset", "--model", dest="model", required=True, metavar="MODEL", help="as for info")
+    command.add_argument("--device", required=True, choices=DEVICES, help="a described device")
+    add_size(command)
+    command.add_argument("--batch", type=count, default=2, help="videos in one call (default: %(default)s, guidance)")
+    command.add_argument(
+        "--quant", default=roofline.UNQUANTIZED, choices=roofline.SCHEMES, help="of the blocks' linears (default: none)"
+    )
+    command.add_argument(
+        "--attention-kept", type=float, default=1.0, metavar="SHARE",
+        help="share of the attention scores that are computed (default: 1, dense)",
+    )  # fmt: skip
+    command.add_argument("--gpus", type=count, default=1, help="that share the step (default: %(default)s)")
+    command.add_argument(
+        "--ceilings", type=Path, metavar="FILE", help="JSON with measured ceilings (TFLOP/s, GB/s) for stated ones"
+    )
+
+
+def run(arguments: argparse.Namespace, _: Progress) -> tuple[dict[str, Any], str]:
+    """Carry it out: the report, and its text."""
+    model = locate(arguments.model)
+    video = costs.choose_video(
+        model.config,
+        frames=arguments.frames,
+        height=arguments.height,
+        width=arguments.width,
+        spatial_factor=model.spatial_factor,
+    )
+    tokens = costs.count_tokens(model.config, video, spatial_factor=model.spatial_factor)
+    device = roofline.with_ceilings(get_device(arguments.device), _read_ceilings(arguments.ceilings))
+    found = roofline.parts(
+        model.config, tokens, batch=arguments.batch, scheme=arguments.quant, kept=arguments.attention_kept,
+        gpus=arguments.gpus,
+    )  # fmt: skip
+    total = sum(part.seconds(device) for part in found)
+    facts = {
+        "model": model.name,
+        "device": {"name": device.name, "source": device.source},
+        "video": {"frames": video.frames, "height": video.height, "width": video.width, "batch": arguments.batch},
+        "tokens": tokens.joint,
+        "quant": arguments.quant,
+        "attention_kept": arguments.attention_kept,
+        "gpus": arguments.gpus,
+        "parts": [
+            {
+                "name": part.name, "group": part.group, "products": part.products, "flops": part.flops,
+                "bytes": part.bytes, "exponentials": part.exponentials, "sent_bytes": part.sent,
+                "seconds": part.seconds(device), "bound": part.bound(device), "share": part.seconds(device) / total,
+            }
+            for part in found
+        ],
+        "flops": sum(part.flops for part in found),
+        "bytes": sum(part.bytes for part in found),
+        "floor_seconds": total,
+        "groups": {
+            group: sum(part.seconds(device) for part in found if part.group == group)
+            for group in dict.fromkeys(part.group for part in found)
+        },
+    }  # fmt: skip
+    return facts, render(facts)
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The same for people: parts by their time, the longest first."""
+    longest = sorted(facts["parts"], key=lambda part: -part["seconds"])
+    rows = [
+        (
+            part["name"],
+            scaled(part["flops"], "FLOP") if part["flops"] else "–",
+            scaled(part["bytes"] or part["sent_bytes"], "B"),
+            scaled(part["exponentials"]) if part["exponentials"] else "–",
+            f"{1e3 * part['seconds']:.1f}",
+            f"{part['share']:.1%}",
+            f"{part['products']} products" if part["bound"] == "products" else part["bound"],
+        )
+        for part in longest
+    ]
+    total = facts["floor_seconds"]
+    rows.append(
+        ("at least", scaled(facts["flops"], "FLOP"), scaled(facts["bytes"], "B"), "", f"{1e3 * total:.1f}", "", "")
+    )
+    video = facts["video"]
+    size = VideoSize(frames=video["frames"], height=video["height"], width=video["width"])
+    what = [f"{facts['model']}, {size}, batch {video['batch']}, {facts['tokens']:,} tokens", facts["quant"]]
+    if facts["attention_kept"] != 1:
+        what.append(f"{facts['attention_kept']:.0%} of the attention scores")
+    where = f"{facts['gpus']} × {facts['device']['name']}, each" if facts["gpus"] > 1 else facts["device"]["name"]
+    header = ("one step", "operations", "bytes", "exponentials", "ms", "share", "bound by")
+    groups = ", ".join(f"{group} {seconds / total:.0%}" for group, seconds in facts["groups"].items())
+    return "\n\n".join(
+        [
+            f"{', '.join(what)}\n{where} ({facts['device']['source']})",
+            table(header, rows, last_is_total=True),
+            f"The time must go into: {groups}.\nA floor from the device's ceilings, not a measurement.",
+        ]
+    )
+
+
+def _read_ceilings(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f'{path}: not valid JSON ({error}): expected {{"bf16": TFLOP/s, …}}') from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got a {type(content).__name__}, expected an object of ceilings")
+    return content
+
+
+__all__ = ["add", "render", "run"]

@@ -1,0 +1,233 @@
+"""The least time that a device's ceilings allow for one denoising step, part by part.
+
+Each part takes at least the longest of three times: its operations at the rate of the units that do them, its bytes at
+the memory's bandwidth, and, for attention, its exponentials at the rate of the special-function units. Parts follow one
+another, so a step takes at least their sum. What is counted is what no implementation of these kernels avoids: every
+operand read once and every result written once, activations between kernels in 16 bits (or in the recipe's 8, written
+so by whoever makes them), GELU in the product that precedes it. It is a floor, not a prediction.
+
+Suffixes in words: S joint tokens, D model width, N heads, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from cogx_fast import costs
+from cogx_fast.config import TransformerConfig
+from cogx_fast.costs import Tokens
+from cogx_fast.devices import GIGA, TERA, Device
+
+Products = Literal["bf16", "fp8", "int8"]
+_HALF = 2  # bytes of a value in bf16 or fp16
+_SCALE = 4  # bytes of a row's scale
+
+
+class Scheme(NamedTuple):
+    """How the linears of the blocks are computed."""
+
+    products: Products
+    weight_bytes: float
+    """Of one weight."""
+    input_bytes: int
+    """Of one value of the linears' inputs."""
+
+
+UNQUANTIZED = "bf16"
+SCHEMES: dict[str, Scheme] = {
+    UNQUANTIZED: Scheme("bf16", 2, 2),
+    "int8-dynamic": Scheme("int8", 1, 1),
+    "int8-weight-only": Scheme("bf16", 1, 2),
+    "int4-weight-only": Scheme("bf16", 0.5, 2),
+    "fp8-dynamic": Scheme("fp8", 1, 1),
+    "fp8-dynamic-tensor": Scheme("fp8", 1, 1),
+    "fp8-weight-only": Scheme("bf16", 1, 2),
+}
+"""By the names of the recipes that give every linear of the blocks this scheme."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some kernels of one step."""
+
+    name: str
+    group: Literal["attention", "linears", "glue", "communication"]
+    flops: int = 0
+    products: Products = "bf16"
+    bytes: int = 0
+    exponentials: int = 0
+    sent: int = 0
+    """Bytes that one GPU sends to others."""
+
+    def times(self, device: Device) -> dict[str, float]:
+        """Seconds that each ceiling asks for."""
+        return {
+            "products": self.flops / device.peak(self.products) if self.flops else 0.0,
+            "memory": self.bytes / device.bandwidth,
+            "exponentials": self.exponentials / device.exponentials,
+            "link": self.sent / device.link,
+        }
+
+    def seconds(self, device: Device) -> float:
+        """The longest of them."""
+        return max(self.times(device).values())
+
+    def bound(self, device: Device) -> str:
+        """The ceiling that asks for most."""
+        times = self.times(device)
+        return max(times, key=lambda name: times[name])
+
+
+def parts(
+    config: TransformerConfig,
+    tokens: Tokens,
+    *,
+    batch: int,
+    scheme: str = UNQUANTIZED,
+    kept: float = 1.0,
+    gpus: int = 1,
+) -> list[Part]:
+    """What one GPU does in one step, in the order of the forward pass.
+
+    Args:
+        config: the model's configuration.
+        tokens: of one video.
+        batch: videos in the call; 2 with guidance.
+        scheme: of the blocks' linears, a name from ``SCHEMES``.
+        kept: share of the attention scores that sparse attention computes; 1 is dense.
+        gpus: GPUs that share the step: first the videos of the batch, then the tokens, with an exchange of heads for
+            tokens around attention (Ulysses, arXiv:2309.14509).
+
+    Raises:
+        ValueError: an unknown scheme, a share outside (0, 1], or more GPUs than can share the heads.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme {scheme!r} is not known: choose one of {', '.join(SCHEMES)}")
+    if not 0 < kept <= 1:
+        raise ValueError(f"kept is {kept}, expected a share above 0, at most 1 (dense)")
+    across_videos = math.gcd(batch, gpus)
+    across_tokens = gpus // across_videos
+    if config.num_attention_heads % across_tokens:
+        raise ValueError(
+            f"{gpus} GPUs share a batch of {batch}, so {across_tokens} would share {config.num_attention_heads} heads: "
+            "take a number that divides them"
+        )
+    share = _Share(config, tokens, batch // across_videos, across_tokens)
+    used = SCHEMES[scheme]
+    found = [*_linears(share, used), _attention(share, used, kept), *_glue(share, used)]
+    return [*found, _exchange(share)] if across_tokens > 1 else found
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One GPU's part of the work."""
+
+    config: TransformerConfig
+    tokens: Tokens
+    batch: int
+    across_tokens: int
+
+    def rows(self, kind: str) -> int:
+        """Rows of a linear's input."""
+        if kind == "video in the batch":
+            return self.batch
+        return -(-self.batch * {"joint": self.tokens.joint, "video": self.tokens.video, "text": self.tokens.text}[kind]
+                 // self.across_tokens)  # fmt: skip
+
+    @property
+    def stream(self) -> int:
+        """Values of the joint stream, S · D for every video."""
+        return self.rows("joint") * self.config.inner_dim
+
+
+def _linears(share: _Share, scheme: Scheme) -> list[Part]:
+    found: dict[str, Part] = {}
+    for linear in costs.linears(share.config):
+        blocks = linear.part in ("attention", "feed-forward")
+        used = scheme if blocks else SCHEMES[UNQUANTIZED]
+        rows, weights = share.rows(linear.rows), linear.inputs * linear.outputs
+        inputs = rows * linear.inputs * used.input_bytes + (_SCALE * rows if used.input_bytes == 1 else 0)
+        if linear.role == "queries, keys, values":
+            inputs //= 3  # the three are one product of the same input
+        scales = _SCALE * linear.outputs if used.weight_bytes != _HALF else 0
+        outputs = rows * linear.outputs * _HALF
+        if linear.role == "feed-forward in":  # the activation, gated or not, and its quantization are in the product
+            outputs = rows * 4 * share.config.inner_dim * scheme.input_bytes
+        stored = weights * used.weight_bytes + scales + _HALF * linear.outputs * linear.bias
+        part = Part(
+            name=linear.role,
+            group="linears",
+            products=used.products,
+            flops=2 * linear.number * rows * weights,
+            bytes=round(linear.number * (stored + inputs + outputs)),
+        )
+        before = found.get(part.name)
+        found[part.name] = part if before is None else dataclasses.replace(
+            part, flops=before.flops + part.flops, bytes=before.bytes + part.bytes
+        )  # fmt: skip
+    return list(found.values())
+
+
+def _attention(share: _Share, scheme: Scheme, kept: float) -> Part:
+    config = share.config
+    tokens, layers = share.tokens.joint, config.num_layers
+    scores = round(kept * tokens**2 * config.num_attention_heads * layers * share.batch / share.across_tokens)
+    return Part(
+        name="attention",
+        group="attention",
+        flops=4 * scores * config.attention_head_dim,
+        exponentials=scores,
+        bytes=(3 * _HALF + scheme.input_bytes) * share.stream * layers,
+    )
+
+
+def _glue(share: _Share, scheme: Scheme) -> list[Part]:
+    stream, layers = share.stream, share.config.num_layers
+    normed = stream * scheme.input_bytes  # what the next linear reads
+
+    def part(name: str, block_bytes: int) -> Part:
+        return Part(name=name, group="glue", bytes=layers * block_bytes)
+
+    return [
+        part("norm, modulation", _HALF * stream + normed),
+        part("norm of queries and keys, rotation", 4 * _HALF * stream),
+        part("gate, addition, norm, modulation", 3 * _HALF * stream + normed),
+        part("gate, addition", 3 * _HALF * stream),
+    ]
+
+
+def _exchange(share: _Share) -> Part:
+    """Queries, keys and values to the GPUs of their heads, and the result back; each keeps its own share."""
+    kept_at_home = 1 / share.across_tokens
+    sent = 4 * _HALF * share.stream * (1 - kept_at_home) * share.config.num_layers
+    return Part(name="heads for tokens", group="communication", sent=round(sent))
+
+
+def with_ceilings(device: Device, measured: Mapping[str, Any]) -> Device:
+    """The device with ceilings measured on one of its kind in place of the stated ones.
+
+    Args:
+        device: a described device.
+        measured: TFLOP/s under ``bf16``, ``fp8``, ``int8`` and GB/s under ``bandwidth`` and ``link``; any of them. The
+            battery writes such a file (``python -m benchmarks.gpu``: ``ceilings.json``).
+
+    Raises:
+        ValueError: a key or value that is none of these.
+    """
+    units = {"bf16": TERA, "fp8": TERA, "int8": TERA, "bandwidth": GIGA, "link": GIGA}
+    for name, value in measured.items():
+        if name not in units or isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(
+                f"ceiling {name}={value!r}: expected TFLOP/s of bf16, fp8, int8 or GB/s of bandwidth, link, above 0"
+            )
+    changes: dict[str, Any] = {name: value * units[name] for name, value in measured.items()}
+    return dataclasses.replace(device, **changes, source=f"measured {', '.join(changes)}; else {device.source}") if (
+        changes
+    ) else device  # fmt: skip
+
+
+__all__ = ["SCHEMES", "UNQUANTIZED", "Part", "Scheme", "parts", "with_ceilings"]
