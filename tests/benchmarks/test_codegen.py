@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gate
 from benchmarks.codegen import DEVICES, CodegenError, Report, __main__, inductor, run, shim, table, worker
-from benchmarks.codegen.cases import CASES, Case
+from benchmarks.codegen.cases import CASES, MODELS, Case
 from benchmarks.codegen.devices import get_device
 from benchmarks.codegen.report import Candidate, Launch
 from cogx_fast import costs
@@ -63,11 +63,19 @@ def test_bytes_of_the_full_size_block(full_size: dict[str, Report]) -> None:
 
 def test_our_block_beside_diffusers(full_size: dict[str, Report]) -> None:
     ours, theirs = full_size["5b/ours/cudnn"], full_size["5b/diffusers/cudnn"]
-    assert ours.triton_launches <= 5
+    assert ours.triton_launches <= 4
     assert theirs.triton_launches == 12
-    assert ours.bytes <= 0.84 * theirs.bytes
+    assert ours.bytes <= 0.80 * theirs.bytes  # the target; the recorded table holds what it is
+    assert ours.extern_calls["aten._addmm_activation"] == 1
     assert ours.attention == theirs.attention == "aten._scaled_dot_product_cudnn_attention"
     assert ours.predicted_seconds(DEVICES["h100"]) < theirs.predicted_seconds(DEVICES["h100"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_recorded_bytes_reach_the_target(model: str) -> None:
+    recorded = gate.read(__main__.EXPECTED)
+    ours, theirs = (int(recorded[f"{model}/{owner}/cudnn", "bytes"].value) for owner in ("ours", "diffusers"))
+    assert ours <= 0.80 * theirs
 
 
 def test_every_kernel_was_compiled_with_each_candidate(planted: Planted) -> None:
