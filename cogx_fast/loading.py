@@ -35,6 +35,7 @@ def load(
     device: torch.device | str | int | None = None,
     attention: str = "auto",
     compile: bool | CompileConfig = False,
+    compile_cache: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -55,6 +56,8 @@ def load(
             while a model uses it (``save_pretrained`` does not).
         attention: the attention backend, or "auto": flex where the model is compiled for CUDA, else sdpa.
         compile: compile the model, with the default ``CompileConfig`` or a given one.
+        compile_cache: start warm from this file, which ``model.save_compile_cache`` wrote: its code is run, so take it
+            only from where you trust code. One that does not fit is not used, with a warning that says why.
         revision: branch, tag or commit of a hub id.
         cache_dir: the hub's cache, if another than huggingface_hub's own.
         local_files_only: take a hub id from the cache only.
@@ -76,6 +79,8 @@ def load(
         raise CheckpointError("config is given together with a live model, which has its own: leave it out")
     if not isinstance(source, nn.Module | str | os.PathLike):
         raise CheckpointError(_not_a_source(source))
+    if compile_cache is not None and not compile:
+        raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
     home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
     build = partial(model_class(), attention=_attention(attention, bool(compile), home))
     if isinstance(source, nn.Module):
@@ -95,6 +100,10 @@ def load(
         from cogx_fast.runtime.compile import CompileConfig, compile_model
 
         compile_model(model, CompileConfig() if compile is True else compile)
+        if compile_cache is not None:
+            from cogx_fast.runtime.cache import load_compile_cache
+
+            load_compile_cache(model, compile_cache)
     return model
 
 
