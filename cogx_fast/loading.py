@@ -20,6 +20,7 @@ from cogx_fast.weights.sources import ConfigLike, resolve
 if TYPE_CHECKING:
     from cogx_fast.runtime.compile import CompileConfig
     from cogx_fast.runtime.module import CogVideoXModel
+    from cogx_fast.runtime.plan import AttentionPlan
 
 _DTYPES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
@@ -34,8 +35,8 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | int | None = None,
     attention: str = "auto",
+    attention_plan: AttentionPlan | str | os.PathLike[str] | None = None,
     compile: bool | CompileConfig = False,
-    compile_cache: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -54,10 +55,10 @@ def load(
         device: where the weights go; None means the CPU for files, and where they are for a live model. On the CPU,
             tensors that need no change stay mapped from the files (as diffusers does): do not write to a file in place
             while a model uses it (``save_pretrained`` does not).
-        attention: the attention backend, or "auto": flex where the model is compiled for CUDA, else sdpa.
+        attention: the attention backend, or "auto": flex where the model is compiled for CUDA or has a plan, else sdpa.
+        attention_plan: sparse attention (approximate): a file of `cogx-fast plan`, "radial", "tiles" or an
+            ``AttentionPlan``. None is dense.
         compile: compile the model, with the default ``CompileConfig`` or a given one.
-        compile_cache: start warm from this file, which ``model.save_compile_cache`` wrote: its code is run, so take it
-            only from where you trust code. One that does not fit is not used, with a warning that says why.
         revision: branch, tag or commit of a hub id.
         cache_dir: the hub's cache, if another than huggingface_hub's own.
         local_files_only: take a hub id from the cache only.
@@ -72,6 +73,7 @@ def load(
         CheckpointError: (a ValueError) damaged or foreign weights, or a dtype or device that is not there.
         CheckpointNotFoundError: (also a FileNotFoundError) nothing there, or a file that belongs to it is missing.
         ConfigError: (a ValueError) a configuration that is no CogVideoX transformer's.
+        PlanError: (a ValueError) an attention plan that is none, or another model's.
     """
     wanted = None if dtype is None else read_dtype(dtype)
     place = None if device is None else read_device(device)
@@ -79,10 +81,10 @@ def load(
         raise CheckpointError("config is given together with a live model, which has its own: leave it out")
     if not isinstance(source, nn.Module | str | os.PathLike):
         raise CheckpointError(_not_a_source(source))
-    if compile_cache is not None and not compile:
-        raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
     home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
-    build = partial(model_class(), attention=_attention(attention, bool(compile), home))
+    build = partial(
+        model_class(), attention=_attention(attention, bool(compile), home, planned=attention_plan is not None)
+    )
     if isinstance(source, nn.Module):
         model = adopt(source, build, dtype=wanted, device=place, check_finite=check_finite)
     else:
@@ -96,14 +98,14 @@ def load(
         )
         model = load_checkpoint(files, build, dtype=wanted, device=home, check_finite=check_finite)
     model.eval()
+    if attention_plan is not None:
+        from cogx_fast.runtime.plan import choose_plan
+
+        model.set_attention_plan(choose_plan(attention_plan, model.config))
     if compile:
         from cogx_fast.runtime.compile import CompileConfig, compile_model
 
         compile_model(model, CompileConfig() if compile is True else compile)
-        if compile_cache is not None:
-            from cogx_fast.runtime.cache import load_compile_cache
-
-            load_compile_cache(model, compile_cache)
     return model
 
 
@@ -139,10 +141,10 @@ def read_device(device: torch.device | str | int) -> torch.device:
         ) from None
 
 
-def _attention(attention: str, compiled: bool, device: torch.device) -> str:
+def _attention(attention: str, compiled: bool, device: torch.device, *, planned: bool = False) -> str:
     if attention != "auto":
         return get_backend(attention).name
-    return "flex" if compiled and device.type == "cuda" else "sdpa"
+    return "flex" if planned or (compiled and device.type == "cuda") else "sdpa"
 
 
 def _home(source: nn.Module) -> torch.device:

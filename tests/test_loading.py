@@ -63,6 +63,7 @@ def test_auto_attention_is_flex_where_it_is_compiled_for_cuda():
     from cogx_fast.loading import _attention
 
     assert _attention("auto", True, torch.device("cuda")) == "flex"
+    assert _attention("auto", False, torch.device("cpu"), planned=True) == "flex"
     assert _attention("auto", False, torch.device("cuda")) == "sdpa"
     assert _attention("auto", True, torch.device("cpu")) == "sdpa"
 

@@ -36,14 +36,21 @@ class PatchEmbed(nn.Module):
             tokens = config.max_text_seq_length + math.prod(grid)
             self.register_buffer("pos_embedding", torch.zeros(1, tokens, config.inner_dim))
 
-    def forward(self, latents_BFCHW: Tensor, text_BTE: Tensor, position_1SD: Tensor | None) -> Tensor:
-        """Returns ``x_BSD``; ``position_1SD`` (sin-cos or learned) is added where the model has one."""
+    def forward(
+        self, latents_BFCHW: Tensor, text_BTE: Tensor, position_1SD: Tensor | None, order_V: Tensor | None = None
+    ) -> Tensor:
+        """Returns ``x_BSD``; ``position_1SD`` (sin-cos or learned) is added where the model has one.
+
+        ``order_V`` (``patterns.TokenOrder``), which positions have too, is applied to the patches, the smallest tensor.
+        """
         p, p_t = self.patch_size, self.patch_size_t
         frames, _, height, width = latents_BFCHW.shape[1:]
         latents_BFCHW = latents_BFCHW[..., : height // p * p, : width // p * p]
         patches = latents_BFCHW.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(1, (frames // p_t, p_t))
         # B F' p_t C H' p W' p  ->  B (F' H' W') (C p_t p p)
         patches_BVP = patches.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)
+        if order_V is not None:
+            patches_BVP = patches_BVP.index_select(1, order_V)
         x_BSD = torch.cat([self.text_proj(text_BTE), self.proj(patches_BVP)], dim=1)
         return x_BSD if position_1SD is None else x_BSD + position_1SD.to(x_BSD.dtype)
 

@@ -25,6 +25,7 @@ from cogx_fast.model.layers import (
     TimestepEmbedding,
     unpatchify,
 )
+from cogx_fast.model.masks import LayerBlocks, SparseBlocks
 
 
 class Attention(nn.Module):
@@ -41,7 +42,9 @@ class Attention(nn.Module):
         self.norm_k = RotaryNorm(config.attention_head_dim, self.QK_NORM_EPS)
         self.to_out = nn.ModuleList([nn.Linear(config.inner_dim, config.inner_dim)])
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary | None, mask: Mask) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotary: Rotary | None, mask: Mask | LayerBlocks) -> Tensor:
+        if isinstance(mask, LayerBlocks):
+            mask = mask.block_mask(x_BSD.shape[1])
         q_BSNK, k_BSNK, v_BSNK = self.to_qkv(x_BSD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
         q_BSNK, k_BSNK = self.norm_q(q_BSNK, rotary), self.norm_k(k_BSNK, rotary)
         out_BSNK = attend(q_BSNK, k_BSNK, v_BSNK, backend=self.backend, mask=mask)
@@ -58,7 +61,14 @@ class Block(nn.Module):
         self.norm2 = ModulatedNorm(config)
         self.ff = FeedForward(config)
 
-    def forward(self, x_BSD: Tensor, mod_B12D: Tensor, is_text_S1: Tensor, rotary: Rotary | None, mask: Mask) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        mod_B12D: Tensor,
+        is_text_S1: Tensor,
+        rotary: Rotary | None,
+        mask: Mask | LayerBlocks,
+    ) -> Tensor:
         """One block.
 
         Args:
@@ -110,7 +120,7 @@ class CogVideoXTransformer(nn.Module):
         ofs_B: Tensor | None = None,
         rotary: Rotary | None = None,
         position_1SD: Tensor | None = None,
-        mask: Mask = None,
+        mask: Mask | SparseBlocks = None,
     ) -> Tensor:
         """Predict.
 
@@ -121,19 +131,22 @@ class CogVideoXTransformer(nn.Module):
             ofs_B: 1.5 image-to-video's offset, or None.
             rotary: ``(cos_SK, sin_SK)`` of the joint stream, fp32, or None.
             position_1SD: positions added to the joint stream, or None.
-            mask: for the attention backend, or None.
+            mask: for the attention backend, or None; with ``SparseBlocks`` each layer has its own, and the video tokens
+                stand in their order, in which the tables are, too.
 
         Returns:
             The prediction, ``(B, F, C_out, H, W)`` in the latents' dtype (H and W down to whole patches).
         """
-        x_BSD, emb_BE, is_text_S1 = self.embed(latents_BFCHW, text_BTE, timestep_B, ofs_B, position_1SD)
+        order_V, restore_V = mask.order if isinstance(mask, SparseBlocks) else (None, None)
+        x_BSD, emb_BE, is_text_S1 = self.embed(latents_BFCHW, text_BTE, timestep_B, ofs_B, position_1SD, order_V)
         mod_BL12D = self.modulation(emb_BE)
-        for block, mod_B12D in zip(self.transformer_blocks, mod_BL12D.unbind(1), strict=True):
+        for layer, (block, mod_B12D) in enumerate(zip(self.transformer_blocks, mod_BL12D.unbind(1), strict=True)):
+            own_mask = mask.of_layer(layer) if isinstance(mask, SparseBlocks) else mask
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BSD = checkpoint(block, x_BSD, mod_B12D, is_text_S1, rotary, mask, use_reentrant=False)
+                x_BSD = checkpoint(block, x_BSD, mod_B12D, is_text_S1, rotary, own_mask, use_reentrant=False)
             else:
-                x_BSD = block(x_BSD, mod_B12D, is_text_S1, rotary, mask)
-        return self.head(x_BSD[:, text_BTE.shape[1] :], emb_BE, latents_BFCHW.shape)
+                x_BSD = block(x_BSD, mod_B12D, is_text_S1, rotary, own_mask)
+        return self.head(x_BSD[:, text_BTE.shape[1] :], emb_BE, latents_BFCHW.shape, restore_V)
 
     def embed(
         self,
@@ -142,18 +155,21 @@ class CogVideoXTransformer(nn.Module):
         timestep_B: Tensor,
         ofs_B: Tensor | None,
         position_1SD: Tensor | None,
+        order_V: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The stream before the first block ``x_BSD``, the time embedding ``emb_BE`` and ``is_text_S1``."""
         emb_BE = self.time_embedding(timestep_B, latents_BFCHW.dtype)
         if self.ofs_embedding is not None and ofs_B is not None:
             emb_BE = emb_BE + self.ofs_embedding(ofs_B, latents_BFCHW.dtype)
-        x_BSD = self.embedding_dropout(self.patch_embed(latents_BFCHW, text_BTE, position_1SD))
+        x_BSD = self.embedding_dropout(self.patch_embed(latents_BFCHW, text_BTE, position_1SD, order_V))
         is_text_S1 = torch.arange(x_BSD.shape[1], device=x_BSD.device)[:, None] < text_BTE.shape[1]
         return x_BSD, emb_BE, is_text_S1
 
-    def head(self, x_BVD: Tensor, emb_BE: Tensor, latents_shape: torch.Size) -> Tensor:
-        """Video tokens to the prediction; ``latents_shape`` is (B, F, C, H, W)."""
+    def head(self, x_BVD: Tensor, emb_BE: Tensor, latents_shape: torch.Size, restore_V: Tensor | None = None) -> Tensor:
+        """Video tokens to the prediction; ``latents_shape`` is (B, F, C, H, W), ``restore_V`` undoes their order."""
         p, p_t = self.patch_embed.patch_size, self.patch_embed.patch_size_t
         grid = (latents_shape[1] // p_t, latents_shape[3] // p, latents_shape[4] // p)
         patches_BVP = self.proj_out(self.norm_out(self.norm_final(x_BVD), emb_BE))
+        if restore_V is not None:
+            patches_BVP = patches_BVP.index_select(1, restore_V)
         return unpatchify(patches_BVP, grid, p, p_t)

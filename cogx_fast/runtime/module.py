@@ -15,9 +15,10 @@ from torch import Tensor
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.attention import BACKENDS, Backend, Mask, Rotary, get_backend
-from cogx_fast.model.masks import full_block_mask
+from cogx_fast.model.masks import SparseBlocks, full_block_mask
 from cogx_fast.model.tables import Grid, join_rotary, rotary_tables, sincos_table
 from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
+from cogx_fast.runtime.plan import AttentionPlan, GridPlan
 
 _TABLES_HELD = 8
 _UPSTREAM_PROCESSORS = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")
@@ -43,8 +44,9 @@ class CogVideoXModel(CogVideoXTransformer):
         super().__init__(config, attention=attention)
         self._config = config
         self._tables: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._plan: AttentionPlan | None = None
+        self._compile_backend: str | None = None  # set by runtime.compile
         self._compiled: Callable[..., Tensor] | None = None  # set by runtime.compile in place of the traced forward
-        self._recorder: Any = None  # what compiling made, where runtime.compile has it noted
 
     @property
     def config(self) -> TransformerConfig:
@@ -97,14 +99,22 @@ class CogVideoXModel(CogVideoXTransformer):
         batch, text_len = encoder_hidden_states.shape[:2]
         device, dtype = hidden_states.device, hidden_states.dtype
         denoise = self._compiled or super().forward
+        timestep_B = _per_video("timestep", timestep, batch, device)
+        rotary = self._rotary(grid, text_len, image_rotary_emb, device)
+        position = self._positions(hidden_states.shape, grid, text_len, device, dtype)
+        mask: Mask | SparseBlocks = self._mask(attention_kwargs, batch, text_len + math.prod(grid), device)
+        plan = self._planned(grid, text_len, device)
+        if plan is not None:
+            rotary, position = plan.reorder(rotary, position)
+            mask = plan.mask(timestep_B)
         sample = denoise(
             hidden_states,
             encoder_hidden_states,
-            _per_video("timestep", timestep, batch, device),
+            timestep_B,
             None if self.ofs_embedding is None else _per_video("ofs", ofs, batch, device),
-            self._rotary(grid, text_len, image_rotary_emb, device),
-            self._positions(hidden_states.shape, grid, text_len, device, dtype),
-            self._mask(attention_kwargs, batch, text_len + math.prod(grid), device),
+            rotary,
+            position,
+            mask,
         )
         return self._output(sample) if return_dict else (sample,)
 
@@ -190,10 +200,17 @@ class CogVideoXModel(CogVideoXTransformer):
                 f"attention_kwargs {sorted(kwargs)} are not known and ignored; known are 'attention_mask' and 'scale'",
                 stacklevel=3,
             )
+        if mask is not None and self._plan is not None:
+            raise ValueError("an attention_mask is given, but an attention plan is set, which is a mask: leave one out")
         if mask is None:
             takes_block_mask = any(BACKENDS[name].masks not in (None, Tensor) for name in self.attention_backends)
             return self._held(("mask", device), lambda: full_block_mask(device)) if takes_block_mask else None
         return _joint_mask(mask, batch, self.config.num_attention_heads, tokens)
+
+    def _planned(self, grid: Grid, text_len: int, device: torch.device) -> GridPlan | None:
+        if (plan := self._plan) is None:
+            return None
+        return self._held(("plan", grid, text_len, device), lambda: plan.on_grid(grid, text_len, device))
 
     def _held(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """A table made once for each key; the oldest of more than a few are dropped."""
@@ -256,6 +273,22 @@ class CogVideoXModel(CogVideoXTransformer):
         for attention in self._attentions():
             attention.backend = name
 
+    @property
+    def attention_plan(self) -> AttentionPlan | None:
+        """The sparse attention in use, or None."""
+        return self._plan
+
+    def set_attention_plan(self, plan: AttentionPlan | None) -> None:
+        """Use another attention plan, or none, from the next call on (a compiled model compiles again).
+
+        Raises:
+            PlanError: (a ValueError) it is another model's, or the model's attention backend takes no block masks.
+        """
+        if plan is not None:
+            plan.check(self.config, self)
+        self._plan = plan
+        self._tables.clear()
+
     def _attentions(self) -> Iterator[Attention]:
         return (cast(Block, block).attn1 for block in self.transformer_blocks)
 
@@ -297,22 +330,6 @@ class CogVideoXModel(CogVideoXTransformer):
             )
         if is_main_process:
             save_checkpoint(self, save_directory, max_shard_size=max_shard_size, variant=variant)
-
-    def save_compile_cache(self, path: str | os.PathLike[str]) -> None:
-        """Write what compiling this model made, for ``load(..., compile_cache=path)`` to start warm from.
-
-        The file is code for whoever loads it. What decides whether it fits is in ``runtime.cache.describe``.
-
-        Args:
-            path: the file; replaced if it is there.
-
-        Raises:
-            ValueError: the model is not compiled, or was not called yet.
-            OSError: it cannot be written.
-        """
-        from cogx_fast.runtime.cache import save_compile_cache
-
-        save_compile_cache(self, path)
 
     def fuse_qkv_projections(self) -> None:
         """Nothing to do: query, key and value are one projection from the start."""
