@@ -37,6 +37,7 @@ def load(
     attention: str = "auto",
     attention_plan: AttentionPlan | str | os.PathLike[str] | None = None,
     compile: bool | CompileConfig = False,
+    compile_cache: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -59,6 +60,8 @@ def load(
         attention_plan: sparse attention (approximate): a file of `cogx-fast plan`, "radial", "tiles" or an
             ``AttentionPlan``. None is dense.
         compile: compile the model, with the default ``CompileConfig`` or a given one.
+        compile_cache: start warm from this file, which ``model.save_compile_cache`` wrote: its code is run, so take it
+            only from where you trust code. One that does not fit is not used, with a warning that says why.
         revision: branch, tag or commit of a hub id.
         cache_dir: the hub's cache, if another than huggingface_hub's own.
         local_files_only: take a hub id from the cache only.
@@ -81,6 +84,8 @@ def load(
         raise CheckpointError("config is given together with a live model, which has its own: leave it out")
     if not isinstance(source, nn.Module | str | os.PathLike):
         raise CheckpointError(_not_a_source(source))
+    if compile_cache is not None and not compile:
+        raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
     home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
     build = partial(
         model_class(), attention=_attention(attention, bool(compile), home, planned=attention_plan is not None)
@@ -106,6 +111,10 @@ def load(
         from cogx_fast.runtime.compile import CompileConfig, compile_model
 
         compile_model(model, CompileConfig() if compile is True else compile)
+        if compile_cache is not None:
+            from cogx_fast.runtime.cache import load_compile_cache
+
+            load_compile_cache(model, compile_cache)
     return model
 
 

@@ -17,6 +17,8 @@ HEAVY = {"accelerate", "diffusers", "huggingface_hub", "imageio", "matplotlib", 
 COMPILER = ("torch._dynamo", "torch._inductor")
 COMPILER_OWNERS = (
     "cogx_fast/runtime/compile.py",
+    "cogx_fast/runtime/cache.py",  # what Inductor left on the disk, and where the next process looks for it
+    "cogx_fast/runtime/package.py",  # compiles ahead of time
     "cogx_fast/runtime/explain/",  # reads what the compiler made of a model: its graphs, schedule and generated code
 )
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
+from cogx_fast.runtime.cache import Recorder
 from cogx_fast.runtime.module import CogVideoXModel
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
@@ -64,13 +65,10 @@ def compile_model(model: CogVideoXModel, config: CompileConfig) -> None:
     if model.attention_plan is not None:
         model.attention_plan.check_compiler(config.backend)
     model._compile_backend = config.backend
-    compiled = functools.partial(
-        torch.compile,
-        fullgraph=True,
-        dynamic=config.dynamic,
-        backend=config.backend,
-        options=_inductor_options(config, model.device) if config.backend == "inductor" else None,
-    )
+    if config.backend == "inductor":
+        model._recorder = Recorder(config, _inductor_options(config, model.device))
+    backend = model._recorder or config.backend
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=config.dynamic, backend=backend)
     if config.scope == "model":
         model._compiled = functools.partial(compiled(_own(CogVideoXTransformer.forward)), model)
     else:
@@ -81,7 +79,7 @@ def compile_model(model: CogVideoXModel, config: CompileConfig) -> None:
 
 def uncompile_model(model: CogVideoXModel) -> None:
     """Make ``model`` run eagerly again."""
-    model._compiled = model._compile_backend = None
+    model._compiled = model._recorder = model._compile_backend = None
     for block in model.transformer_blocks:
         block.__dict__.pop("forward", None)
 

@@ -47,6 +47,7 @@ class CogVideoXModel(CogVideoXTransformer):
         self._plan: AttentionPlan | None = None
         self._compile_backend: str | None = None  # set by runtime.compile
         self._compiled: Callable[..., Tensor] | None = None  # set by runtime.compile in place of the traced forward
+        self._recorder: Any = None  # what compiling made, where runtime.compile has it noted
 
     @property
     def config(self) -> TransformerConfig:
@@ -330,6 +331,22 @@ class CogVideoXModel(CogVideoXTransformer):
             )
         if is_main_process:
             save_checkpoint(self, save_directory, max_shard_size=max_shard_size, variant=variant)
+
+    def save_compile_cache(self, path: str | os.PathLike[str]) -> None:
+        """Write what compiling this model made, for ``load(..., compile_cache=path)`` to start warm from.
+
+        The file is code for whoever loads it. What decides whether it fits is in ``runtime.cache.describe``.
+
+        Args:
+            path: the file; replaced if it is there.
+
+        Raises:
+            ValueError: the model is not compiled, or was not called yet.
+            OSError: it cannot be written.
+        """
+        from cogx_fast.runtime.cache import save_compile_cache
+
+        save_compile_cache(self, path)
 
     def fuse_qkv_projections(self) -> None:
         """Nothing to do: query, key and value are one projection from the start."""

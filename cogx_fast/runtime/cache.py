@@ -1,0 +1,235 @@
+"""Warm start: what compiling a model made, as a file that another process compiles from.
+
+A bundle holds torch's portable cache artifacts (``torch.compiler.save_cache_artifacts``), of this model alone, and the
+C++ libraries that torch leaves out of them: on a CPU those are what compiling takes the time for.
+
+A bundle is code: its artifacts are pickles and libraries, and loading it runs what it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import re
+import secrets
+import sys
+import types
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cogx_fast.runtime.artifact import (
+    ArtifactError,
+    describe_device,
+    describe_versions,
+    differences,
+    hash_config,
+    read_artifact,
+    write_artifact,
+)
+
+if TYPE_CHECKING:
+    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.module import CogVideoXModel
+
+KIND = "compile cache"
+_ARTIFACTS = "artifacts.bin"
+_LIBRARY = re.compile(r"libraries/([a-z2-7]{2}/c[a-z2-7]{51}(\.main)?\.so)")
+
+
+class Recorder(torch._TorchCompileInductorWrapper):
+    """The backend of a model's ``torch.compile``: Inductor, which leaves a note of what it made.
+
+    torch keeps the artifacts of a whole process on one list. While a graph of this model is compiled they go to a list
+    of its own as well.
+
+    Args:
+        config: how the model is compiled, a key of the bundle.
+        options: Inductor's.
+    """
+
+    __name__ = "inductor"
+
+    def __init__(self, config: CompileConfig, options: Mapping[str, Any]) -> None:
+        super().__init__(None, dict(options), config.dynamic)
+        self.made_by = config
+        self.artifacts: list[Any] = []
+        self.libraries: set[Path] = set()
+
+    def __call__(self, *graph_and_inputs: Any, **options: Any) -> Any:
+        """Compile a graph."""
+        with self._recording():
+            return super().__call__(*graph_and_inputs, **options)
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        from torch._inductor.codecache import PyCodeCache
+        from torch.compiler._cache import CacheArtifactManager as Manager
+
+        before = len(PyCodeCache.modules)
+        with Manager.with_fresh_cache():
+            yield
+            made = list(Manager._seen_artifacts)
+        for artifact in made:
+            if artifact not in self.artifacts:
+                self.artifacts.append(artifact)
+            if artifact not in Manager._seen_artifacts:
+                Manager._seen_artifacts.add(artifact)
+                Manager._new_cache_artifacts[artifact.type()].append(artifact)
+        for module in PyCodeCache.modules[before:]:
+            self.libraries |= _libraries(module)
+
+
+def save_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str]) -> None:
+    """Write what compiling ``model`` made, for ``load(..., compile_cache=path)`` in another process.
+
+    Args:
+        model: compiled, and called once with every size that the bundle is to hold.
+        path: the file; replaced if it is there.
+
+    Raises:
+        ValueError: nothing was compiled yet, or not by Inductor.
+        OSError: it cannot be written.
+    """
+    recorder = model._recorder
+    if not isinstance(recorder, Recorder):
+        raise ValueError("the model is not compiled by Inductor: load it with compile=True, call it once, then save")
+    if not recorder.artifacts:
+        raise ValueError("the model has not compiled anything yet: call it once with each size to keep, then save")
+    members = {_ARTIFACTS: _pack([*recorder.artifacts, *_autotuning()])}
+    for library in sorted(recorder.libraries | _instruction_probes(model.device)):
+        with contextlib.suppress(FileNotFoundError):  # a cache that was emptied meanwhile: it is made again
+            members[f"libraries/{library.parent.name}/{library.name}"] = library.read_bytes()
+    write_artifact(path, KIND, describe(model, recorder.made_by), members)
+
+
+def load_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str]) -> bool:
+    """Have a compiled model start from a bundle. This runs code from it: take bundles only from where you trust code.
+
+    Args:
+        model: compiled, not called yet.
+        path: what ``save_compile_cache`` wrote.
+
+    Returns:
+        Whether it is used. If not (another version, device, configuration or way to compile; a damaged file), a warning
+        says why, and the model compiles as without it.
+    """
+    try:
+        if not isinstance(model._recorder, Recorder):
+            raise ArtifactError(f"{path}: the model is not compiled by Inductor")
+        manifest, members = read_artifact(path, KIND)
+        wrong = list(differences(manifest, describe(model, model._recorder.made_by)))
+        if wrong:
+            raise ArtifactError(f"{path}: was made for something else ({'; '.join(wrong)})")
+        strange = [name for name in members if name != _ARTIFACTS and not _LIBRARY.fullmatch(name)]
+        if strange or _ARTIFACTS not in members:
+            raise ArtifactError(f"{path}: has contents no bundle has ({', '.join(strange) or 'no artifacts'})")
+        _install(members)
+    except (ArtifactError, OSError) as error:
+        warnings.warn(f"{error}. The compile cache is not used; the model compiles anew", stacklevel=3)
+        return False
+    return True
+
+
+def describe(model: CogVideoXModel, config: CompileConfig) -> dict[str, Any]:
+    """What a bundle must have been made with to be of use."""
+    weights = {f"{type(tensor.data).__name__} {tensor.dtype}" for tensor in model.transformer_blocks.parameters()}
+    return {
+        "versions": {**describe_versions(), "python": platform.python_version(), "triton": _triton_version()},
+        "device": describe_device(model.device),
+        "environment": sys.prefix if model.device.type == "cpu" else None,  # its C++ libraries are named after it
+        "config": hash_config(model.config),
+        "compile": {key: _plain(value) for key, value in dataclasses.asdict(config).items()},
+        "attention": sorted(model.attention_backends),
+        "weights": sorted(weights),
+    }
+
+
+def _install(members: Mapping[str, bytes]) -> None:
+    """Put a checked bundle where torch looks for what it has compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    for name, data in members.items():
+        match = _LIBRARY.fullmatch(name)
+        if match is None:
+            continue
+        target = Path(cache_dir(), match[1])
+        if target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        hidden = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+        hidden.write_bytes(data)
+        os.replace(hidden, target)  # another process may be at the same
+    if torch.compiler.load_cache_artifacts(members[_ARTIFACTS]) is None:
+        raise ArtifactError("the bundle's artifacts cannot be read by this torch")
+
+
+def _pack(artifacts: list[Any]) -> bytes:
+    """Artifacts in torch's portable format."""
+    from torch.compiler._cache import CacheArtifactManager as Manager
+
+    with Manager.with_fresh_cache():
+        for artifact in artifacts:
+            Manager._new_cache_artifacts[artifact.type()].append(artifact)
+        saved = torch.compiler.save_cache_artifacts()
+    assert saved is not None
+    return saved[0]
+
+
+def _autotuning() -> list[Any]:
+    """Which launch parameters were fastest. It is found when a kernel first runs, so it cannot be told whose it is."""
+    from torch.compiler._cache import CacheArtifactManager as Manager
+
+    return [artifact for artifact in Manager._seen_artifacts if artifact.type() == "autotune"]
+
+
+def _libraries(module: types.ModuleType) -> set[Path]:
+    """The C++ libraries whose kernels a generated module calls."""
+    owners = {getattr(kernel, "__self__", None) for kernel in vars(module).values() if callable(kernel)}
+    files = {getattr(owner, "__file__", None) for owner in owners if isinstance(owner, types.ModuleType)}
+    return {Path(file) for file in files if file and file.endswith(".so")}
+
+
+def _instruction_probes(device: torch.device) -> set[Path]:
+    """The little libraries by which Inductor finds out what instructions the compiler and the CPU can do."""
+    from torch._inductor import cpu_vec_isa
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    if device.type != "cpu":
+        return set()
+    kinds = [kind for kind in vars(cpu_vec_isa).values() if isinstance(kind, type)]
+    probes = {
+        text.strip()
+        for kind in kinds
+        for name, text in vars(kind).items()
+        if name.endswith("_code") and isinstance(text, str)
+    }
+    sources = Path(cache_dir()).glob("??/c*.cpp")
+    return {
+        source.with_suffix(".so")
+        for source in sources
+        if not source.name.endswith(".main.cpp") and source.read_text().strip() in probes
+    }
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+__all__ = ["Recorder", "describe", "load_compile_cache", "save_compile_cache"]
