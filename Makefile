@@ -8,13 +8,13 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type bench train-tiny clean
+.PHONY: help setup demo test lint type bench perf-check bench-compare train-tiny clean
 .DELETE_ON_ERROR:
 
 help: ## Show this help
 	@echo "cogx-fast: a fast CogVideoX video transformer for PyTorch"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "The first target that needs it sets up $(VENV) with $(PYTHON). Variables: PYTHON, ARGS."
 
@@ -37,6 +37,12 @@ type: $(STAMP) ## Check types only
 
 bench: $(STAMP) ## Run the benchmarks
 	@$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+perf-check: $(STAMP) ## Time ours against diffusers here, and fail where it became slower
+	@$(BIN)/python -W ignore -m benchmarks.check $(ARGS)
+
+bench-compare: $(STAMP) ## Time the working tree against a revision: make bench-compare BASE=main
+	@$(BIN)/python -W ignore -m benchmarks.compare $(or $(BASE),$(error name a revision: make bench-compare BASE=main)) $(ARGS)
 
 train-tiny: $(STAMP) ## Train the tiny model from nothing, on a GPU or two cores (up to two hours); goes on where it was stopped
 	@$(BIN)/python -m benchmarks.tiny.train $(ARGS)

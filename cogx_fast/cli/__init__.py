@@ -1,7 +1,8 @@
 """The command ``cogx-fast``: a module for each command.
 
 Results go to stdout (with ``--json`` exactly one JSON object), everything else to stderr. Exit status: 0 done, 1
-failed, 2 asked for something that cannot be, 130 interrupted.
+failed (the work, or the test whose result is the report's ``passed``), 2 asked for something that cannot be, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import json
 from collections.abc import Sequence
 
 from cogx_fast import __version__
-from cogx_fast.cli import compare, demo, generate, info, roofline
+from cogx_fast.cli import bench, compare, demo, generate, info, roofline
 from cogx_fast.cli.arguments import Parser
 from cogx_fast.cli.output import fail, one_line, quiet_libraries
 from cogx_fast.optional import MissingDependencyError
 from cogx_fast.terminal import Progress
 
-_COMMANDS = {"demo": demo, "generate": generate, "compare": compare, "info": info, "roofline": roofline}
+_COMMANDS = {"demo": demo, "generate": generate, "compare": compare, "info": info, "roofline": roofline, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"{type(error).__name__}: {one_line(error)}{hint}", 1, debug=arguments.debug)
     progress.clear()
     print(json.dumps(report, ensure_ascii=False) if arguments.json else text)
-    return 0
+    return 1 if report.get("passed") is False else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,118 @@
+"""``cogx-fast bench`` sees a slower transformer as slower, and its statistics are what they say."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cogx_fast import timing
+from cogx_fast.model import layers
+from tests.conftest import report, run_cli
+
+WORK = ("bench", "tiny", "--no-compile", "--height", "128", "--width", "128", "--layers", "2", "--dtype", "fp32")
+ROUNDS = ("--rounds", "15")
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "baseline.json"
+    path.write_text(json.dumps(report(run_cli(*WORK, *ROUNDS, "--json"))))
+    return path
+
+
+def test_the_report_says_what_was_timed(baseline: Path) -> None:
+    facts = json.loads(baseline.read_text())
+    assert facts["work"] == {
+        "model": "tiny", "frames": 17, "height": 128, "width": 128, "batch": 2, "layers": 2, "dtype": "fp32",
+        "compile": False, "attention": "auto", "quant": None, "device": "cpu",
+    }  # fmt: skip
+    assert facts["ratio"]["low"] <= facts["ratio"]["median"] <= facts["ratio"]["high"]
+    for seconds in facts["seconds"].values():
+        assert 0 < seconds["p20"] <= seconds["p50"] <= seconds["p80"]
+    assert facts["machine"]["torch"] == torch.__version__
+
+
+def test_the_same_work_passes_and_needs_no_other_argument(baseline: Path) -> None:
+    finished = run_cli("bench", "--against", baseline, "--margin", "30%", *ROUNDS)
+    assert finished.status == 0, finished.out + finished.err
+    assert "as fast as it was" in finished.out
+
+
+def test_a_slower_path_fails_and_the_report_is_still_one_object(
+    baseline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = layers.FeedForward.forward
+
+    def twice(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return (honest(self, x) + honest(self, x) + honest(self, x)) / 3
+
+    monkeypatch.setattr(layers.FeedForward, "forward", twice)
+    finished = run_cli("bench", "--against", baseline, "--margin", "0.3", *ROUNDS, "--json")
+    assert finished.status == 1
+    facts = json.loads(finished.out)
+    assert facts["passed"] is False
+    assert facts["rounds"] == 30  # measured again before it failed
+    assert facts["ratio"]["median"] > facts["baseline"]["limit"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench",), "no model is named"),
+        (("bench", "--against", "{tmp}/none.json"), "No such file"),
+        (("bench", "--against", "{tmp}/other.json"), "is no report of cogx-fast bench"),
+        (("bench", "5b", "--against", "{baseline}"), "model is 5b, but the baseline is of tiny"),
+        (("bench", "tiny", "--margin", "fast"), "expected a share such as 5%"),
+        (("bench", "tiny", "--dtype", "fp4"), "invalid choice"),
+        (("bench", "6b"), "presets are"),
+    ],
+)
+def test_bad_requests(arguments: tuple[str, ...], message: str, baseline: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"work": {}}')
+    finished = run_cli(*(argument.format(tmp=tmp_path, baseline=baseline) for argument in arguments))
+    assert (finished.status, finished.out) == (2, "")
+    assert message in finished.err
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_steps_take_turns_and_the_order_alternates() -> None:
+    calls: list[str] = []
+
+    def note(name: str) -> Callable[[], None]:
+        return lambda: calls.append(name)
+
+    seconds = timing.take_turns({"a": note("a"), "b": note("b")}, rounds=3)
+    assert "".join(calls) == "abbaab"
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_the_ratio_is_found_on_a_machine_that_others_slow_down() -> None:
+    generator = random.Random(0)
+    load = [1 + 3 * generator.random() for _ in range(41)]  # of each round, common to both
+    above = [1.2 * each * generator.uniform(0.97, 1.03) for each in load]
+    found = timing.ratio(above, load)
+    assert found.low < 1.2 < found.high
+    assert found.high - found.low < 0.05
+    assert timing.median(load).high - timing.median(load).low > 0.5  # the times themselves are no use
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    generator = random.Random(1)
+    covered = 0
+    for _ in range(100):
+        interval = timing.median([generator.gauss(5, 1) for _ in range(25)])
+        covered += interval.low <= 5 <= interval.high
+    assert 88 <= covered <= 100
+
+
+@pytest.mark.parametrize(("share", "value"), [(0, 1), (0.5, 2.5), (1, 4), (0.2, 1.6)])
+def test_percentiles(share: float, value: float) -> None:
+    assert timing.percentile([4, 1, 3, 2], share) == pytest.approx(value)
