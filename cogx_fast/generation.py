@@ -18,7 +18,7 @@ import torch
 from cogx_fast.config import TransformerConfig
 from cogx_fast.costs import VideoSize
 from cogx_fast.locate import Model, read_stored_weights
-from cogx_fast.model.attention import get_backend
+from cogx_fast.model.backends import get_backend
 from cogx_fast.optional import require
 from cogx_fast.video import Frames
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from cogx_fast.assets import tiny_pipeline_dir
-from cogx_fast.model.attention import get_backend
+from cogx_fast.costs import count_tokens, default_video
+from cogx_fast.model.backends import get_backend
+from cogx_fast.runtime.choice import choose_attention
 from cogx_fast.runtime.upstream import model_class
 from cogx_fast.weights.checkpoint import load_checkpoint
 from cogx_fast.weights.errors import CheckpointError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from cogx_fast.runtime.module import CogVideoXModel
     from cogx_fast.runtime.plan import AttentionPlan
 
+_GUIDED_BATCH = 2
+"""Videos in a call of a pipeline with guidance: one with the prompt, one without."""
 _DTYPES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
     "fp32": torch.float32, "float32": torch.float32, "fp64": torch.float64, "float64": torch.float64,
@@ -56,7 +59,10 @@ def load(
         device: where the weights go; None means the CPU for files, and where they are for a live model. On the CPU,
             tensors that need no change stay mapped from the files (as diffusers does): do not write to a file in place
             while a model uses it (``save_pretrained`` does not).
-        attention: the attention backend, or "auto": flex where the model is compiled for CUDA or has a plan, else sdpa.
+        attention: the attention backend, a name from ``cogx_fast.model.backends.BACKENDS``; or "auto": on CUDA the
+            exact ones are timed once at the model's usual size and the answer is kept on disk; elsewhere sdpa,
+            and flex with a plan.
+            ``model.attention_choice`` says why.
         attention_plan: sparse attention (approximate): a file of `cogx-fast plan`, "radial", "tiles" or an
             ``AttentionPlan``. None is dense.
         compile: compile the model, with the default ``CompileConfig`` or a given one.
@@ -77,19 +83,20 @@ def load(
         CheckpointNotFoundError: (also a FileNotFoundError) nothing there, or a file that belongs to it is missing.
         ConfigError: (a ValueError) a configuration that is no CogVideoX transformer's.
         PlanError: (a ValueError) an attention plan that is none, or another model's.
+        ValueError: an attention backend that is not known or cannot run here; the message says what to do.
     """
     wanted = None if dtype is None else read_dtype(dtype)
     place = None if device is None else read_device(device)
     if isinstance(source, nn.Module) and config is not None:
         raise CheckpointError("config is given together with a live model, which has its own: leave it out")
+    if attention != "auto":
+        get_backend(attention)  # a wrong name fails before anything is read
     if not isinstance(source, nn.Module | str | os.PathLike):
         raise CheckpointError(_not_a_source(source))
     if compile_cache is not None and not compile:
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
     home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
-    build = partial(
-        model_class(), attention=_attention(attention, bool(compile), home, planned=attention_plan is not None)
-    )
+    build = model_class()
     if isinstance(source, nn.Module):
         model = adopt(source, build, dtype=wanted, device=place, check_finite=check_finite)
     else:
@@ -103,6 +110,7 @@ def load(
         )
         model = load_checkpoint(files, build, dtype=wanted, device=home, check_finite=check_finite)
     model.eval()
+    _set_attention(model, attention, compiled=bool(compile), planned=attention_plan is not None)
     if attention_plan is not None:
         from cogx_fast.runtime.plan import choose_plan
 
@@ -150,10 +158,16 @@ def read_device(device: torch.device | str | int) -> torch.device:
         ) from None
 
 
-def _attention(attention: str, compiled: bool, device: torch.device, *, planned: bool = False) -> str:
-    if attention != "auto":
-        return get_backend(attention).name
-    return "flex" if planned or (compiled and device.type == "cuda") else "sdpa"
+def _set_attention(model: CogVideoXModel, attention: str, *, compiled: bool, planned: bool) -> None:
+    if attention == "auto" and planned:
+        attention = "flex"  # which takes the masks of a plan
+    elif attention == "auto":
+        config = model.config
+        tokens = count_tokens(config, default_video(config)).joint
+        shape = (_GUIDED_BATCH, tokens, config.num_attention_heads, config.attention_head_dim)
+        model.attention_choice = choose_attention(shape, model.dtype, model.device, compiled=compiled)
+        attention = model.attention_choice.name
+    model.set_attention_backend(attention)
 
 
 def _home(source: nn.Module) -> torch.device:

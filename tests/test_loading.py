@@ -5,7 +5,9 @@ import pytest
 import torch
 
 import cogx_fast
+from cogx_fast.costs import count_tokens, default_video
 from cogx_fast.loading import read_device, read_dtype
+from cogx_fast.runtime.choice import Choice
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
 from tests.support import inputs, relative_error, small, upstream
 
@@ -59,13 +61,28 @@ def test_attention(source):
         cogx_fast.load(source, attention="fast")
 
 
-def test_auto_attention_is_flex_where_it_is_compiled_for_cuda():
-    from cogx_fast.loading import _attention
+def test_auto_attention_is_chosen_for_the_models_usual_size(source, monkeypatch):
+    asked = []
 
-    assert _attention("auto", True, torch.device("cuda")) == "flex"
-    assert _attention("auto", False, torch.device("cpu"), planned=True) == "flex"
-    assert _attention("auto", False, torch.device("cuda")) == "sdpa"
-    assert _attention("auto", True, torch.device("cpu")) == "sdpa"
+    def choose(shape, dtype, device, *, compiled):
+        asked.append((shape, dtype, device.type, compiled))
+        return Choice(name="flex", reason="told to", milliseconds={})
+
+    monkeypatch.setattr(cogx_fast.loading, "choose_attention", choose)
+    model = cogx_fast.load(source, dtype="bf16")
+    tokens = count_tokens(model.config, default_video(model.config)).joint
+    heads, width = model.config.num_attention_heads, model.config.attention_head_dim
+    assert asked == [((2, tokens, heads, width), torch.bfloat16, "cpu", False)]
+    assert set(model.attention_backends) == {"flex"}
+    assert model.attention_choice.reason == "told to"
+    assert cogx_fast.load(source, attention="sdpa").attention_choice is None
+    planned = cogx_fast.load(source, attention_plan="tiles")
+    assert (set(planned.attention_backends), len(asked)) == ({"flex"}, 1)
+
+
+def test_a_backend_that_cannot_run_here_is_refused(source):
+    with pytest.raises(ValueError, match="'sdpa-cudnn' cannot run here: it runs on cuda"):
+        cogx_fast.load(source, attention="sdpa-cudnn")
 
 
 def test_errors_are_of_the_builtin_kinds():

@@ -1,64 +1,18 @@
-"""Attention: one function with named backends, and what prepares queries and keys for it.
+"""Attention: one function over the named backends, and what prepares queries and keys for it.
 
 Suffixes: B batch, S joint tokens, N heads, K head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
+
+from cogx_fast.model.backends import get_backend
 
 Mask = Tensor | BlockMask | None
 Rotary = tuple[Tensor, Tensor]
-
-
-def _sdpa(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
-    return F.scaled_dot_product_attention(q_BNSK, k_BNSK, v_BNSK, attn_mask=mask)
-
-
-def _flex(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
-    if v_BNSK.device.type == "cpu":  # torch 2.13's CPU kernel forgets where a view begins (pytorch/pytorch#157612)
-        v_BNSK = v_BNSK.contiguous()
-    out = flex_attention(q_BNSK, k_BNSK, v_BNSK, block_mask=mask)
-    assert isinstance(out, Tensor)
-    return out
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backend:
-    """One way to compute attention, and what it can do."""
-
-    name: str
-    run: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-    """(q_BNSK, k_BNSK, v_BNSK, mask) -> out_BNSK"""
-    exact: bool
-    """Equal to softmax attention up to rounding."""
-    masks: type | None
-    """The kind of mask it takes besides None."""
-
-
-BACKENDS: dict[str, Backend] = {
-    "sdpa": Backend(name="sdpa", run=_sdpa, exact=True, masks=Tensor),
-    "flex": Backend(name="flex", run=_flex, exact=True, masks=BlockMask),
-}
-"""Every backend by its exact name."""
-
-
-def get_backend(name: str) -> Backend:
-    """The backend of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"attention backend {name!r} is not known: choose one of {', '.join(BACKENDS)}")
-    return BACKENDS[name]
 
 
 def attend(q_BSNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, *, backend: str, mask: Mask = None) -> Tensor:
@@ -69,9 +23,9 @@ def attend(q_BSNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, *, backend: str, mask
 
     Args:
         q_BSNK, k_BSNK, v_BSNK: queries, keys, values of one dtype; any strides with channels adjacent.
-        backend: a name from ``BACKENDS``.
-        mask: for ``sdpa`` a tensor that broadcasts to (B, N, S, S), boolean (True: attend) or added to the scores; for
-            ``flex`` a ``BlockMask``.
+        backend: a name from ``backends.BACKENDS``.
+        mask: of the kind that the backend takes: a tensor that broadcasts to (B, N, S, S), boolean (True: attend) or
+            added to the scores, or a ``BlockMask``.
 
     Returns:
         ``out_BSNK``.
@@ -111,4 +65,4 @@ def _swap_pairs(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
-__all__ = ["BACKENDS", "Backend", "Mask", "Rotary", "RotaryNorm", "attend", "get_backend"]
+__all__ = ["Mask", "Rotary", "RotaryNorm", "attend"]

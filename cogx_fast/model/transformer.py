@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.attention import Mask, Rotary, RotaryNorm, attend, get_backend
+from cogx_fast.model.attention import Mask, Rotary, RotaryNorm, attend
+from cogx_fast.model.backends import get_backend
 from cogx_fast.model.layers import (
     FeedForward,
     Modulate,
@@ -92,7 +93,7 @@ class CogVideoXTransformer(nn.Module):
 
     Args:
         config: its sizes and options.
-        attention: the attention backend, a name from ``attention.BACKENDS``.
+        attention: the attention backend, a name from ``backends.BACKENDS``.
     """
 
     def __init__(self, config: TransformerConfig, *, attention: str = "sdpa") -> None:

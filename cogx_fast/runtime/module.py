@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.attention import BACKENDS, Backend, Mask, Rotary, get_backend
+from cogx_fast.model.attention import Mask, Rotary
+from cogx_fast.model.backends import BACKENDS, Backend, ready_backend
 from cogx_fast.model.masks import SparseBlocks, full_block_mask
 from cogx_fast.model.tables import Grid, join_rotary, rotary_tables, sincos_table
 from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
+from cogx_fast.runtime.choice import Choice
 from cogx_fast.runtime.plan import AttentionPlan, GridPlan
 
 _TABLES_HELD = 8
@@ -37,7 +39,7 @@ class CogVideoXModel(CogVideoXTransformer):
 
     Args:
         config: its sizes and options.
-        attention: the attention backend, a name from ``cogx_fast.model.attention.BACKENDS``.
+        attention: the attention backend, a name from ``cogx_fast.model.backends.BACKENDS``.
     """
 
     def __init__(self, config: TransformerConfig, *, attention: str = "sdpa") -> None:
@@ -46,6 +48,8 @@ class CogVideoXModel(CogVideoXTransformer):
         self._tables: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._plan: AttentionPlan | None = None
         self._compile_backend: str | None = None  # set by runtime.compile
+        self.attention_choice: Choice | None = None
+        """What ``load(attention="auto")`` chose, and why."""
         self._compiled: Callable[..., Tensor] | None = None  # set by runtime.compile in place of the traced forward
         self._recorder: Any = None  # what compiling made, where runtime.compile has it noted
 
@@ -268,9 +272,10 @@ class CogVideoXModel(CogVideoXTransformer):
         """Use another attention backend from the next call on (a compiled model compiles again).
 
         Raises:
-            ValueError: there is no backend of that name.
+            ValueError: there is no backend of that name, or it cannot run here; the message says what to do.
         """
-        name = get_backend(backend).name
+        head_dim = self.config.attention_head_dim
+        name = ready_backend(backend, device=self.device, dtype=self.dtype, head_dim=head_dim).name
         for attention in self._attentions():
             attention.backend = name
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.attention import BACKENDS, Rotary
+from cogx_fast.model.attention import Rotary
+from cogx_fast.model.backends import BACKENDS
 from cogx_fast.model.masks import SparseBlocks, sparse_blocks
 from cogx_fast.model.patterns import Pattern, block_boxes, kept_blocks, token_order
 from cogx_fast.model.tables import Grid

@@ -1,0 +1,151 @@
+"""``auto``: the fastest exact backend is found by measuring, once, and kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cogx_fast.model.backends import BACKENDS, Backend
+from cogx_fast.runtime import choice
+from cogx_fast.runtime.choice import Choice, Memory, choose_attention
+from cogx_fast.runtime.compile import watch_compilation
+
+CPU, SHAPE = torch.device("cpu"), (2, 40, 3, 16)
+
+
+def quick(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    return v
+
+
+def slow(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    time.sleep(0.03)  # longer than a busy machine takes to come back
+    return v
+
+
+def broken(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    raise RuntimeError("no such kernel\nand more")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "cogx-fast"
+
+
+@pytest.fixture
+def candidates(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three made-up backends to choose from, and the names of those that were measured."""
+    for name, run in (("quick", quick), ("slow", slow), ("broken", broken)):
+        monkeypatch.setitem(BACKENDS, name, Backend(name=name, run=run, about=name))
+    monkeypatch.setitem(choice._CANDIDATES, "cpu", ("slow", "quick", "broken"))
+    measured: list[str] = []
+    measure = choice._measure
+
+    def spy(name: str, *arguments: Any) -> Any:
+        measured.append(name)
+        return measure(name, *arguments)
+
+    monkeypatch.setattr(choice, "_measure", spy)
+    return measured
+
+
+def choose(**changes: Any) -> Choice:
+    return choose_attention(SHAPE, torch.float32, CPU, **{"compiled": False, **changes})
+
+
+def test_the_fastest_is_chosen_and_the_reason_names_them_all(candidates: list[str]) -> None:
+    chosen = choose()
+    assert chosen.name == "quick"
+    assert chosen.milliseconds["quick"] < chosen.milliseconds["slow"]
+    assert chosen.reason.startswith("measured at (B, S, N, K) = (2, 40, 3, 16) in float32: quick ")
+    assert "broken failed (no such kernel)" in chosen.reason
+
+
+def test_the_answer_is_kept_for_the_same_question_only(candidates: list[str], folder: Path) -> None:
+    first = choose()
+    again = choose()
+    assert (again.name, again.milliseconds) == (first.name, first.milliseconds)
+    assert again.reason.startswith("remembered at")
+    assert len(candidates) == 3
+    choose_attention((2, 41, 3, 16), torch.float32, CPU, compiled=False)
+    assert len(candidates) == 6
+    assert len(json.loads((folder / "attention.json").read_text())) == 2
+
+
+def test_another_version_of_torch_measures_again(candidates: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    choose()
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert choose().reason.startswith("measured")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 3}', "\x00\xff"])
+def test_a_damaged_file_is_measured_over(content: str, candidates: list[str], folder: Path) -> None:
+    folder.mkdir()
+    (folder / "attention.json").write_text(content, encoding="latin-1")
+    assert choose().name == "quick"
+    assert choose().reason.startswith("remembered")
+
+
+def test_what_cannot_be_kept_is_still_chosen(candidates: list[str], folder: Path) -> None:
+    folder.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot be remembered in .*attention.json"):
+        assert choose().name == "quick"
+
+
+def test_where_nothing_runs_sdpa_is_left(candidates: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choice._CANDIDATES, "cpu", ("broken", "broken2"))
+    monkeypatch.setitem(BACKENDS, "broken2", Backend(name="broken2", run=broken, about=""))
+    chosen = choose()
+    assert (chosen.name, chosen.milliseconds) == ("sdpa", {})
+    assert "no candidate ran (broken: no such kernel; broken2" in chosen.reason
+    assert Memory(choice.cache_folder() / "attention.json")._read() == {}  # a passing failure is not for ever
+
+
+def test_on_the_cpu_nothing_is_measured(folder: Path) -> None:
+    assert choose() == Choice(name="sdpa", reason="the one candidate on cpu", milliseconds={})
+    assert not folder.exists()
+
+
+def test_candidates_on_cuda_are_exact_and_flex_is_none_where_it_is_not_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
+    monkeypatch.setattr(choice, "_measure", lambda name, *_: asked.append(name) or float(len(asked)))
+    chosen = choose_attention(SHAPE, torch.bfloat16, torch.device("cuda"), compiled=True)
+    assert (chosen.name, asked) == ("flex", ["flex", "sdpa-cudnn", "sdpa-flash"])
+    asked.clear()
+    chosen = choose_attention(SHAPE, torch.bfloat16, torch.device("cuda"), compiled=False)
+    assert (chosen.name, asked) == ("sdpa-cudnn", ["sdpa-cudnn", "sdpa-flash"])
+    assert all(BACKENDS[name].exact for name in choice._CANDIDATES["cuda"])
+    assert choose_attention(SHAPE, torch.float32, torch.device("cuda"), compiled=False).name == "sdpa"
+
+
+def test_compiled_candidates_are_measured_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choice._CANDIDATES, "cpu", ("flex", "sdpa"))
+    with watch_compilation() as compilation:
+        chosen = choose(compiled=True)
+    assert set(chosen.milliseconds) == {"flex", "sdpa"}
+    assert (compilation.graphs, compilation.recompiles) == (2, 0)
+
+
+def test_any_number_of_shapes_can_be_measured_in_one_process() -> None:
+    """More than torch compiles one function for."""
+    times = [choice._measure("sdpa", (1, tokens, 1, 16), torch.float32, CPU, True) for tokens in range(20, 29)]
+    assert all(isinstance(ms, float) for ms in times), times
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured_and_remembered() -> None:
+    cuda, shape = torch.device("cuda"), (2, 4000, 8, 64)
+    first = choose_attention(shape, torch.bfloat16, cuda, compiled=True)
+    assert {"flex", "sdpa-flash"} <= set(first.milliseconds)
+    again = choose_attention(shape, torch.bfloat16, cuda, compiled=True)
+    assert (again.name, again.reason.partition(" ")[0]) == (first.name, "remembered")
