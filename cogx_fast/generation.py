@@ -148,14 +148,13 @@ def open_pipeline(model: Model, setting: Setting, *, device: torch.device) -> An
         if setting.compile:
             pipe.transformer.compile(fullgraph=True)
         return quiet(pipe)
-    more = {"quant": setting.quant} if setting.quant else {}
     transformer = load(
         model.location,
         dtype=setting.dtype,
         device=device,
         attention=setting.attention,
         compile=setting.compile,
-        **more,  # type: ignore[arg-type]  # not an option of load yet
+        quant=setting.quant,
     )
     pipe = pipeline_class.from_pretrained(model.location, transformer=transformer, torch_dtype=transformer.dtype)
     return quiet(pipe.to(device))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,13 +17,15 @@ from cogx_fast.runtime.choice import choose_attention
 from cogx_fast.runtime.upstream import model_class
 from cogx_fast.weights.checkpoint import load_checkpoint
 from cogx_fast.weights.errors import CheckpointError
-from cogx_fast.weights.live import adopt
+from cogx_fast.weights.live import adopt, return_freed_memory
 from cogx_fast.weights.sources import ConfigLike, resolve
 
 if TYPE_CHECKING:
     from cogx_fast.runtime.compile import CompileConfig
     from cogx_fast.runtime.module import CogVideoXModel
     from cogx_fast.runtime.plan import AttentionPlan
+    from cogx_fast.weights.checkpoint import Finish
+    from quant import Recipe
 
 _GUIDED_BATCH = 2
 """Videos in a call of a pipeline with guidance: one with the prompt, one without."""
@@ -41,6 +45,7 @@ def load(
     attention_plan: AttentionPlan | str | os.PathLike[str] | None = None,
     compile: bool | CompileConfig = False,
     compile_cache: str | os.PathLike[str] | None = None,
+    quant: str | os.PathLike[str] | Recipe | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -68,6 +73,9 @@ def load(
         compile: compile the model, with the default ``CompileConfig`` or a given one.
         compile_cache: start warm from this file, which ``model.save_compile_cache`` wrote: its code is run, so take it
             only from where you trust code. One that does not fit is not used, with a warning that says why.
+        quant: quantize with a recipe: the name of a shipped one (``cogx-fast recipes`` lists them), the path of a
+            ``.toml`` file, or a ``quant.Recipe``. Files are quantized block by block as they are read; a live model
+            keeps its own weights beside the quantized ones until it is dropped.
         revision: branch, tag or commit of a hub id.
         cache_dir: the hub's cache, if another than huggingface_hub's own.
         local_files_only: take a hub id from the cache only.
@@ -84,6 +92,7 @@ def load(
         ConfigError: (a ValueError) a configuration that is no CogVideoX transformer's.
         PlanError: (a ValueError) an attention plan that is none, or another model's.
         ValueError: an attention backend that is not known or cannot run here; the message says what to do.
+        QuantError: (a ValueError) a recipe that does not fit the model or cannot run here; before weights are read.
     """
     wanted = None if dtype is None else read_dtype(dtype)
     place = None if device is None else read_device(device)
@@ -97,8 +106,9 @@ def load(
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
     home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
     build = model_class()
+    prepare = None if quant is None else partial(_prepare, recipe=quant, device=home)
     if isinstance(source, nn.Module):
-        model = adopt(source, build, dtype=wanted, device=place, check_finite=check_finite)
+        model = adopt(source, build, dtype=wanted, device=place, check_finite=check_finite, prepare=prepare)
     else:
         files = resolve(
             tiny_pipeline_dir() if source == "tiny" else source,
@@ -108,13 +118,15 @@ def load(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        model = load_checkpoint(files, build, dtype=wanted, device=home, check_finite=check_finite)
+        model = load_checkpoint(files, build, dtype=wanted, device=home, check_finite=check_finite, prepare=prepare)
     model.eval()
     _set_attention(model, attention, compiled=bool(compile), planned=attention_plan is not None)
     if attention_plan is not None:
         from cogx_fast.runtime.plan import choose_plan
 
         model.set_attention_plan(choose_plan(attention_plan, model.config))
+    if quant is not None and not compile:
+        _warn_if_slow(model)
     if compile:
         from cogx_fast.runtime.compile import CompileConfig, compile_model
 
@@ -124,6 +136,32 @@ def load(
 
             load_compile_cache(model, compile_cache)
     return model
+
+
+def _prepare(model: CogVideoXModel, *, recipe: str | os.PathLike[str] | Recipe, device: torch.device) -> Finish:
+    """What quantizes each part of the model; by then it is sure that the recipe can be carried out."""
+    from quant.apply import plan, remember
+
+    planned = plan(model, recipe, device=device)
+    remember(model, planned.recipe)
+
+    def finish(part: nn.Module, name: str) -> None:
+        planned.apply(part, name, measure=False)
+        return_freed_memory()
+
+    return finish
+
+
+def _warn_if_slow(model: CogVideoXModel) -> None:
+    from quant import recipe_of
+
+    recipe = recipe_of(model)
+    if recipe is not None and recipe.dynamic:
+        warnings.warn(
+            f"recipe {recipe.name!r} quantizes activations, which is slower than no quantization at all unless it is "
+            "compiled: pass compile=True",
+            stacklevel=3,
+        )
 
 
 def read_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -68,8 +68,11 @@ def probe(module: str, forbidden: set[str]) -> list[str]:
 
 def main() -> None:
     """Probe the package, then all modules below it."""
+    del sys.path[0]  # this folder, where quant is a package of tests
     package, forbidden = sys.argv[1], set(sys.argv[2].split(","))
     assert not forbidden & set(sys.modules), f"torch itself imports {forbidden & set(sys.modules)}"
+    if "torchao" not in forbidden:  # for the same reason: it logs which of its extensions it cannot load
+        importlib.import_module("torchao.quantization")
     sys.addaudithook(watch)
     report = probe(package, forbidden)
     for info in pkgutil.walk_packages(sys.modules[package].__path__, prefix=f"{package}."):

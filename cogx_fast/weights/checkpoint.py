@@ -28,9 +28,12 @@ _QUANTIZED = re.compile(
     r"(absmax|quant_map|quant_state|\.SCB|qweight|qzeros|weight_scale|scale_weight|scaled_fp8|:qdata|_qdata|:scale)"
 )
 _BLOCK = re.compile(r"transformer_blocks\.(\d{1,9})\.")
+_PART = re.compile(r"transformer_blocks\.\d+|[^.]+")
 _CHECKED_AT_ONCE = 1 << 24
 
 Model = TypeVar("Model", bound=CogVideoXTransformer)
+Finish = Callable[[nn.Module, str], object]
+"""Called with each part of a model (a block, an embedding, …) and its name, once its weights are there."""
 
 
 def load_checkpoint(
@@ -40,6 +43,7 @@ def load_checkpoint(
     dtype: torch.dtype | None,
     device: torch.device,
     check_finite: bool = False,
+    prepare: Callable[[Model], Finish] | None = None,
 ) -> Model:
     """Build a model and give it a checkpoint's weights.
 
@@ -50,6 +54,9 @@ def load_checkpoint(
             promoted to a dtype that holds all of them exactly, with a warning).
         device: where the weights go.
         check_finite: look for infinities and NaN, which costs a pass over all weights.
+        prepare: called with the model on the meta device, in its dtypes, before anything is allocated; what it returns
+            is called with each part of the model as soon as its weights are there, so that weights it replaces by
+            smaller ones are never all in memory. Nothing stays mapped then.
 
     Raises:
         CheckpointError: damaged or foreign files; the message says what to do.
@@ -64,18 +71,48 @@ def load_checkpoint(
     announce({tensor.path for tensor in stored.values()})
     with torch.device("meta"):
         model = build(source.config)
-    maps, pieces = Maps(), []
-    for name, group in groups.items():
-        parts, shape = [stored[slot.name] for slot in group], our_shape(source.config, group)
-        if device.type == "cpu" and DTYPES[parts[0].dtype] == dtypes[name] and is_run(parts):
-            put(model, name, maps.tensor(parts, shape))
-            continue
-        tensor = torch.empty(shape, dtype=dtypes[name], device=device)
-        put(model, name, tensor)
-        pieces += [(part, slot.view(tensor)) for part, slot in zip(parts, group, strict=True)]
-    read(pieces)
-    if check_finite:
-        check_values(model, layout, origin)
+    finish = None if prepare is None else prepare(in_dtypes(model, dtypes))
+    maps = Maps()
+
+    def fill(names: Iterable[str]) -> None:
+        pieces = []
+        for name in names:
+            group = groups[name]
+            parts, shape = [stored[slot.name] for slot in group], our_shape(source.config, group)
+            if finish is None and device.type == "cpu" and DTYPES[parts[0].dtype] == dtypes[name] and is_run(parts):
+                put(model, name, maps.tensor(parts, shape))
+                continue
+            tensor = torch.empty(shape, dtype=dtypes[name], device=device)
+            put(model, name, tensor)
+            pieces += [(part, slot.view(tensor)) for part, slot in zip(parts, group, strict=True)]
+        read(pieces)
+        if check_finite:
+            check_values(model, {slot.name: slot for name in names for slot in groups[name]}, origin)
+
+    if finish is None:
+        fill(groups)
+        return model
+    for part, names in by_part(groups).items():
+        fill(names)
+        finish(model.get_submodule(part), part)
+    return model
+
+
+def by_part(names: Iterable[str]) -> dict[str, list[str]]:
+    """Tensors' names by the part of the model they belong to: a block, or one of the modules around the blocks."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        match = _PART.match(name)
+        assert match is not None, name
+        parts.setdefault(match[0], []).append(name)
+    return parts
+
+
+def in_dtypes(model: Model, dtypes: Mapping[str, torch.dtype]) -> Model:
+    """The same model on the meta device, its tensors in these dtypes."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, dtype in dtypes.items():
+        put(model, name, torch.empty_like(tensors[name], dtype=dtype))
     return model
 
 
@@ -180,4 +217,4 @@ def check_values(model: nn.Module, layout: Mapping[str, Slot], origin: str) -> N
         )
 
 
-__all__ = ["check_tensors", "check_values", "load_checkpoint", "put", "target_dtype"]
+__all__ = ["Finish", "by_part", "check_tensors", "check_values", "in_dtypes", "load_checkpoint", "put", "target_dtype"]

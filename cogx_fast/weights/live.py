@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from cogx_fast.config import UPSTREAM_CLASS, TransformerConfig
 from cogx_fast.model.transformer import CogVideoXTransformer
-from cogx_fast.weights.checkpoint import Model, check_tensors, check_values, put, target_dtype
+from cogx_fast.weights.checkpoint import (
+    Finish,
+    Model,
+    by_part,
+    check_tensors,
+    check_values,
+    in_dtypes,
+    put,
+    target_dtype,
+)
 from cogx_fast.weights.errors import CheckpointError, some
 from cogx_fast.weights.headers import NAMES
 from cogx_fast.weights.layout import Slot, by_our_name, our_shape, slots
@@ -25,6 +34,7 @@ def adopt(
     dtype: torch.dtype | None,
     device: torch.device | None,
     check_finite: bool = False,
+    prepare: Callable[[Model], Finish] | None = None,
 ) -> Model:
     """Build a model on the weights of a diffusers ``CogVideoXTransformer3DModel``, or of one of our own.
 
@@ -39,6 +49,7 @@ def adopt(
         dtype: dtype of all weights, or None to keep each.
         device: where the weights go, or None to leave them where they are.
         check_finite: look for infinities and NaN.
+        prepare: as for ``checkpoint.load_checkpoint``; the source keeps its own weights whatever is replaced.
 
     Raises:
         CheckpointError: another kind of model, or one whose weights cannot be taken; the message says what to do.
@@ -63,12 +74,20 @@ def adopt(
         check_values(source, layout, origin) if ours else _check_upstream_values(tensors, layout, origin)
     with torch.device("meta"):
         model = build(config)
+    finish = None if prepare is None else prepare(in_dtypes(model, dtypes))
     own = dict(source.named_parameters()) | dict(source.named_buffers())
-    for name, group in groups.items():
+
+    def take(name: str, group: list[Slot]) -> None:
         parts = [own[name]] if ours else [tensors[slot.name] for slot in group]
         tensor = _take(parts, group, our_shape(config, group), dtypes[name], device)
         put(model, name, tensor, requires_grad=any(part.requires_grad for part in parts))
-    _return_freed_memory()
+
+    for part, names in by_part(groups).items():
+        for name in names:
+            take(name, groups[name])
+        if finish is not None:
+            finish(model.get_submodule(part), part)
+    return_freed_memory()
     return model
 
 
@@ -164,8 +183,8 @@ def _take(
     return tensor
 
 
-def _return_freed_memory() -> None:
-    """Have glibc give back to the system what the source's separate tensors held; it keeps smaller blocks otherwise."""
+def return_freed_memory() -> None:
+    """Have glibc give back to the system what freed tensors held; it keeps smaller blocks otherwise."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -178,4 +197,4 @@ def _check_upstream_values(tensors: Mapping[str, Tensor], layout: Mapping[str, S
         raise CheckpointError(f"{origin}: {len(bad)} tensors hold infinite or NaN weights: {some(bad)}")
 
 
-__all__ = ["adopt", "model_config", "split_ours"]
+__all__ = ["adopt", "model_config", "return_freed_memory", "split_ours"]
