@@ -147,6 +147,7 @@ def test_emulated_is_the_same_recipe_with_emulated_schemes():
 
 
 def test_reading_recipes_imports_neither_torch_nor_torchao():
-    code = "import sys, quant; [*map(quant.load_recipe, quant.recipe_names())]; print({'torch', 'torchao'} & {*sys.modules})"
+    read = "import sys, quant; [*map(quant.load_recipe, quant.recipe_names())]"
+    code = f"{read}; print({{'torch', 'torchao'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
