@@ -12,13 +12,21 @@ import json
 from collections.abc import Sequence
 
 from cogx_fast import __version__
-from cogx_fast.cli import bench, compare, demo, generate, info, roofline
+from cogx_fast.cli import bench, compare, demo, explain, generate, info, roofline
 from cogx_fast.cli.arguments import Parser
 from cogx_fast.cli.output import fail, one_line, quiet_libraries
 from cogx_fast.optional import MissingDependencyError
 from cogx_fast.terminal import Progress
 
-_COMMANDS = {"demo": demo, "generate": generate, "compare": compare, "info": info, "roofline": roofline, "bench": bench}
+_COMMANDS = {
+    "demo": demo,
+    "generate": generate,
+    "compare": compare,
+    "info": info,
+    "explain": explain,
+    "roofline": roofline,
+    "bench": bench,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

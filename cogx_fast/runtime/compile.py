@@ -51,12 +51,15 @@ class CompileConfig:
             raise ValueError(f"backend {self.backend!r} takes no mode or options: leave them out or use 'inductor'")
 
 
-def compile_model(model: CogVideoXModel, config: CompileConfig) -> None:
+def compile_model(
+    model: CogVideoXModel, config: CompileConfig, *, compiler: Callable[..., Any] = torch.compile
+) -> None:
     """Make ``model`` run compiled from its next call on, which compiles. Again with another config replaces the first.
 
     Args:
         model: changed in place; its modules, names and weights stay as they are.
         config: scope and options.
+        compiler: in ``torch.compile``'s place, to watch it (``runtime.explain``).
 
     Raises:
         PlanError: (a ValueError) the model has an attention plan, which that backend would ignore.
@@ -64,11 +67,11 @@ def compile_model(model: CogVideoXModel, config: CompileConfig) -> None:
     uncompile_model(model)
     if model.attention_plan is not None:
         model.attention_plan.check_compiler(config.backend)
-    model._compile_backend = config.backend
+    model._compile_config, model._compile_backend = config, config.backend
     if config.backend == "inductor":
         model._recorder = Recorder(config, _inductor_options(config, model.device))
     backend = model._recorder or config.backend
-    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=config.dynamic, backend=backend)
+    compiled = functools.partial(compiler, fullgraph=True, dynamic=config.dynamic, backend=backend)
     if config.scope == "model":
         model._compiled = functools.partial(compiled(_own(CogVideoXTransformer.forward)), model)
     else:
@@ -79,7 +82,7 @@ def compile_model(model: CogVideoXModel, config: CompileConfig) -> None:
 
 def uncompile_model(model: CogVideoXModel) -> None:
     """Make ``model`` run eagerly again."""
-    model._compiled = model._recorder = model._compile_backend = None
+    model._compiled = model._recorder = model._compile_backend = model._compile_config = None
     for block in model.transformer_blocks:
         block.__dict__.pop("forward", None)
 

@@ -6,9 +6,9 @@ import math
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from cogx_fast.model.tables import Grid, join_rotary, rotary_tables, sincos_tabl
 from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
 from cogx_fast.runtime.choice import Choice
 from cogx_fast.runtime.plan import AttentionPlan, GridPlan
+
+if TYPE_CHECKING:
+    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.explain import Explanation
 
 _TABLES_HELD = 8
 _UPSTREAM_PROCESSORS = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")
@@ -52,6 +56,7 @@ class CogVideoXModel(CogVideoXTransformer):
         """What ``load(attention="auto")`` chose, and why."""
         self._compiled: Callable[..., Tensor] | None = None  # set by runtime.compile in place of the traced forward
         self._recorder: Any = None  # what compiling made, where runtime.compile has it noted
+        self._compile_config: Any = None  # and how
 
     @property
     def config(self) -> TransformerConfig:
@@ -352,6 +357,35 @@ class CogVideoXModel(CogVideoXTransformer):
         from cogx_fast.runtime.cache import save_compile_cache
 
         save_compile_cache(self, path)
+
+    def explain(
+        self,
+        *sizes: Sequence[int],
+        compile: CompileConfig | None = None,
+        spatial_factor: int = 8,
+        build: bool = True,
+    ) -> Explanation:
+        """Say what this model becomes when it is compiled: graphs, breaks with reason and line, recompiles with their
+        cause, kernels by kind with bytes and operations, compile seconds by phase (``runtime.explain.explain``).
+
+        A copy without values is compiled, afresh and in a cache of its own; this model stays as it is.
+
+        Args:
+            sizes: (videos in a call, frames, height, width) in pixels, called in this order; none means the model's own
+                video for two. More than one shows what recompiles.
+            compile: how to compile it; None: as it is compiled, or by default.
+            spatial_factor: pixels along a latent pixel's side; 8 in every released model.
+            build: compile to machine code as well, and start again to see what the cache gives.
+
+        Returns:
+            What was found; ``print`` it for a table.
+
+        Raises:
+            ValueError: the model cannot make a video of such a size.
+        """
+        from cogx_fast.runtime.explain import explain
+
+        return explain(self, *sizes, compile=compile, spatial_factor=spatial_factor, build=build)
 
     def fuse_qkv_projections(self) -> None:
         """Nothing to do: query, key and value are one projection from the start."""

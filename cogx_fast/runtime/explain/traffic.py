@@ -10,6 +10,7 @@ layouts of their arguments and results.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,11 @@ from cogx_fast.runtime.explain.footprint import Runs, TooManyOffsets, offsets, u
 
 aten = torch.ops.aten
 
+KINDS = ("pointwise", "reduction", "matmul", "attention", "copy", "other")
+"""Of launches; "other" are a library's that are none of them."""
+_LIBRARY_COPIES = ("copy", "copy_", "clone", "_to_copy", "contiguous", "cat")
+_MOVES = {"load", "store", "output", "to_dtype", "to_dtype_bitcast", "get_index", "index_expr", "masked_subblock0"}
+
 
 class CountError(RuntimeError):
     """The counts would not be true; the message says why."""
@@ -29,17 +35,31 @@ class CountError(RuntimeError):
 
 @dataclass(kw_only=True)
 class Work:
-    """Of one launch."""
+    """Of one launch: of a library's call, a template or a generated loop nest."""
 
+    name: str
+    """The library's operator, or the operators that are fused in what is generated."""
     is_library: bool
     is_called: bool
     """A library's, or a template."""
+    loops: str = ""
+    """Of what is generated: "pointwise", "reduction", or "copy" where values are only moved or cast."""
     read_bytes: int = 0
     written_bytes: int = 0
     flops: int = 0
     products: str = "bf16"
     exponentials: int = 0
     is_attention: bool = False
+
+    @property
+    def kind(self) -> str:
+        """One of ``KINDS``."""
+        if self.is_attention:
+            return "attention"
+        if self.loops and not self.is_called:
+            return self.loops
+        last = self.name.rpartition(".")[2]
+        return "matmul" if self.flops else "copy" if last in _LIBRARY_COPIES else "other"
 
 
 def count(graph: Any) -> list[Work]:
@@ -80,7 +100,10 @@ def _work(graph: Any, node: Any) -> Work:
     from torch._inductor.scheduler import ExternKernelSchedulerNode
 
     called = [part.node for part in node.get_nodes() if part.is_template() or part.is_extern()]
-    work = Work(is_library=isinstance(node, ExternKernelSchedulerNode), is_called=bool(called))
+    is_library = isinstance(node, ExternKernelSchedulerNode)
+    work = Work(
+        name=_name(node), is_library=is_library, is_called=bool(called), loops="" if is_library else _loops(node)
+    )
     for item in called:
         work.read_bytes += sum(_layout_bytes(argument) for argument in _distinct(_arguments(item)))
     if called and len(node.get_nodes()) == 1:
@@ -93,6 +116,22 @@ def _work(graph: Any, node: Any) -> Work:
     return work
 
 
+def _name(node: Any) -> str:
+    from torch._inductor.utils import get_fused_kernel_name
+
+    called = str(getattr(node.node, "python_kernel_name", None) or "")
+    if called:
+        return called.removeprefix("extern_kernels.").removeprefix("torch.ops.").removesuffix(".default")
+    return get_fused_kernel_name(node.get_nodes(), "original_aten")
+
+
+def _loops(node: Any) -> str:
+    if node.is_reduction():
+        return "reduction"
+    done = {name for part in node.get_nodes() for name in getattr(getattr(part, "_body", None), "op_counts", ())}
+    return "copy" if done and done <= _MOVES else "pointwise"
+
+
 def _accessed(graph: Any, accesses: Iterable[Any], without: set[str]) -> int:
     """Bytes of the distinct elements of these loads, or these stores."""
     from torch._inductor.dependencies import MemoryDep, WeakDep
@@ -103,7 +142,7 @@ def _accessed(graph: Any, accesses: Iterable[Any], without: set[str]) -> int:
             by_buffer[access.name].append(access)
     total = 0
     for name, found in by_buffer.items():
-        whole = int(graph.get_numel(name))
+        whole = _int(graph.get_numel(name))
         elements = min(whole, _elements(found, whole)) if all(isinstance(a, MemoryDep) for a in found) else whole
         total += elements * graph.get_dtype(name).itemsize
     return total
@@ -112,11 +151,11 @@ def _accessed(graph: Any, accesses: Iterable[Any], without: set[str]) -> int:
 def _elements(accesses: list[Any], whole: int) -> int:
     sets: list[Runs] = []
     for access in accesses:
-        sizes = {symbol: int(size) for symbol, size in access.ranges.items()}
+        sizes = {symbol: _int(size) for symbol, size in access.ranges.items()}
         try:
-            sets.append(offsets(access.index, sizes))
+            sets.append(offsets(_with_hints(access.index), sizes))
         except TooManyOffsets:
-            return min(whole, sum(int(item.get_numel()) for item in accesses))
+            return min(whole, sum(_int(item.get_numel()) for item in accesses))
     return len(union(sets))
 
 
@@ -153,8 +192,26 @@ def _layout_bytes(item: Any) -> int:
 
     if isinstance(getattr(item, "layout", None), MultiOutputLayout | NoneLayout):
         return 0
-    stored = (int(size) for size, stride in zip(item.get_size(), item.get_stride(), strict=True) if stride != 0)
+    stored = (_int(size) for size, stride in zip(item.get_size(), item.get_stride(), strict=True) if stride != 0)
     return math.prod(stored) * item.get_dtype().itemsize
+
+
+def _int(size: Any) -> int:
+    """A size; a symbolic one as in the call that was compiled."""
+    from torch._inductor.virtualized import V
+
+    sizevars: Any = V.graph.sizevars
+    hint = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint  # its name until torch 2.12
+    return int(hint(size))
+
+
+def _with_hints(index: Any) -> Any:
+    """An index whose only variables are those of its loops."""
+    from torch._inductor.virtualized import V
+
+    sizevars = V.graph.sizevars
+    known = getattr(sizevars, "backed_var_to_val", None) or getattr(sizevars, "var_to_val", {})
+    return sizevars.remove_precomputed_replacements(index).xreplace(known)
 
 
 def _is_nothing(node: Any) -> bool:
@@ -169,11 +226,36 @@ def _is_result(node: Any) -> bool:
     return isinstance(node.node, MultiOutput)
 
 
+def peak_bytes(graph: Any) -> int:
+    """The most that a generated graph holds at once of what it makes itself: not its inputs; results until its end.
+
+    Args:
+        graph: as for ``count``. Buffers that one launch makes and uses alone are in no memory.
+    """
+    from torch._inductor.scheduler import OutputNode
+
+    nodes = [node for node in graph.scheduler.nodes if not _is_nothing(node)]
+    place = {part: index for index, node in enumerate(nodes) for part in {*node.get_nodes(), node}}
+    change = [0] * (len(nodes) + 1)
+    for index, node in enumerate(nodes):
+        inside = _never_stored(node)
+        for buffer in node.get_outputs():
+            if buffer.get_name() in inside or buffer.get_aliases() or buffer.get_mutations():
+                continue
+            users = [user.node for user in buffer.users]
+            is_result = any(isinstance(user, OutputNode) for user in users)
+            last = len(nodes) if is_result else max((place.get(user, index) for user in users), default=index) + 1
+            size = _layout_bytes(buffer.node)
+            change[index] += size
+            change[last] -= size
+    return max(itertools.accumulate(change), default=0)
+
+
 # ------------------------------------------------------------------------------------------------------ operations
 
 _LIBRARY_ATTENTION = {
     aten._scaled_dot_product_cudnn_attention, aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_flash_attention_for_cpu,
 }  # fmt: skip
 _FIRST_FACTOR = {
     aten.mm: 0, aten.bmm: 0, aten._int_mm: 0, aten._scaled_mm: 0, aten.addmm: 1, aten.baddbmm: 1,
@@ -200,12 +282,21 @@ def _product(origin: Any) -> str | None:
 def _add_product(work: Work, origin: Any) -> None:
     if _product(origin) == "attention":
         query, key, value = (origin.args[i].meta["val"] for i in range(3))
-        scores = math.prod(query.shape[:-1]) * key.shape[-2]
-        work.flops += 2 * scores * (query.shape[-1] + value.shape[-1])
+        scores = _product_of(query.shape[:-1]) * _size(key.shape[-2])
+        work.flops += 2 * scores * _size(query.shape[-1] + value.shape[-1])
         work.exponentials += scores
         work.is_attention = True
         return
     first = _FIRST_FACTOR[origin.target.overloadpacket]
     left, right = (origin.args[first + i].meta["val"] for i in range(2))
-    work.flops += 2 * math.prod(left.shape) * right.shape[-1]
+    work.flops += 2 * _product_of(left.shape) * _size(right.shape[-1])
     work.products = _PRODUCTS.get(left.dtype, "bf16")
+
+
+def _product_of(shape: Any) -> int:
+    return math.prod(_size(size) for size in shape)
+
+
+def _size(size: Any) -> int:
+    """A size of a traced tensor; a symbolic one as in the call that was compiled."""
+    return size if isinstance(size, int) else _int(size.node.expr)

@@ -1,0 +1,318 @@
+"""Watches Dynamo and Inductor at work, and keeps what they made: graphs, breaks, recompiles, kernels, seconds.
+
+What is compiled is not run: its inputs hold no values (fake tensors). In place of each compiled graph stands the
+captured one, which gives its results' shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import linecache
+import logging
+import re
+import time
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cogx_fast.runtime.explain import traffic
+from cogx_fast.runtime.explain.report import Break, Graph, Kernel, Recompile
+
+PHASES = ("dynamo", "aot", "inductor", "build")
+_SERIAL = re.compile(r"_\d+$")
+_CALL = re.compile(r"^\s+(?:\w+ = )?(?:triton_\w+\.run|cpp_\w+|extern_kernels\.\w+|torch\.ops\.\w+\.\w+\.\w+)\(", re.M)
+_BREAK = re.compile(
+    r"in user code at (?P<file>.*):(?P<line>\d+)\nGraph Break Reason: (?:Encountered graph break [^\n]*\n\s*)?"
+    r"(?P<reason>[^\n]*)(?P<rest>.*)",
+    re.S,
+)
+_EXPLANATION = re.compile(r"Explanation: (.*?)\n\s*(?:Hint|Developer debug context)", re.S)
+
+
+@dataclass
+class Watched:
+    """One graph, as it is filled."""
+
+    function: str
+    size: int
+    is_symbolic: bool
+    operators: int
+    runs: Counter[int] = field(default_factory=Counter)
+    launches: int = 0
+    works: list[traffic.Work] = field(default_factory=list)
+    inductor_bytes: int = 0
+    peak_bytes: int = 0
+
+    def graph(self) -> Graph:
+        """As it is reported."""
+        kernels = [
+            Kernel(
+                name=work.name,
+                kind=work.kind,
+                is_generated=not work.is_library,
+                read_bytes=work.read_bytes,
+                written_bytes=work.written_bytes,
+                flops=work.flops,
+            )
+            for work in self.works
+        ]
+        return Graph(
+            function=self.function,
+            size=self.size,
+            runs=self.runs[self.size],
+            is_symbolic=self.is_symbolic,
+            operators=self.operators,
+            launches=self.launches,
+            kernels=tuple(kernels),
+            inductor_bytes=self.inductor_bytes,
+            peak_bytes=self.peak_bytes,
+        )
+
+
+class Clock:
+    """Seconds by phase; while an inner phase runs, the outer one's stand still."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._phases: list[str] = []
+        self._since = 0.0
+
+    def enter(self, phase: str) -> None:
+        """A phase begins."""
+        self._book()
+        self._phases.append(phase)
+
+    def leave(self) -> None:
+        """The innermost phase ends."""
+        self._book()
+        self._phases.pop()
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        if self._phases:
+            self.seconds[self._phases[-1]] += now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase, as a ``with`` block."""
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave()
+
+
+class Capture:
+    """What ``compiler``, which takes ``torch.compile``'s place, compiles inside ``watching``.
+
+    Args:
+        build: compile the generated code to machine code as well.
+    """
+
+    def __init__(self, *, build: bool) -> None:
+        self.size = 0
+        """Which size the model is called with now."""
+        self.clock = Clock()
+        self.breaks: list[Break] = []
+        self.recompiles: list[Recompile] = []
+        self.lowered = 0
+        """Graphs that were in no cache."""
+        self.bypassed = 0
+        """Graphs that AOTAutograd's cache does not take."""
+        self._build = build
+        self._watched: list[Watched] = []
+        self._current: Watched | None = None
+        self._seen: set[Any] = set()
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """What was captured and compiled."""
+        return tuple(watched.graph() for watched in self._watched)
+
+    def compiler(self, function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+        """As ``torch.compile``, but where capturing has to stop that is kept, and not raised."""
+        backend, options = settings.pop("backend", "inductor"), settings.pop("options", None)
+        if isinstance(backend, torch._TorchCompileInductorWrapper):  # Inductor, with options of its own
+            backend, options = "inductor", backend.config
+        backend = functools.partial(self._compile, options=dict(options or {}), lowers=backend == "inductor")
+        return torch.compile(function, **{**settings, "fullgraph": False, "backend": backend})
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch, and leave the process's flags and counters as they were."""
+        from torch._dynamo.callback import callback_handler
+        from torch._functorch import config as functorch_config
+        from torch._inductor import config
+
+        def start(_: Any) -> None:
+            self.clock.enter("dynamo")
+
+        def end(_: Any) -> None:
+            self.clock.leave()
+
+        with contextlib.ExitStack() as stack:
+            counters = stack.enter_context(_kept_counters())
+            if not self._build:  # what was never built must not be found again
+                stack.enter_context(config.patch({"fx_graph_cache": False}))
+                stack.enter_context(functorch_config.patch({"enable_autograd_cache": False}))
+            stack.enter_context(self._lowering())
+            stack.enter_context(_listening(self._heard_of_a_break))
+            self._recompiled()
+            self.recompiles.clear()
+            callback_handler.register_start_callback(start)
+            stack.callback(callback_handler.remove_start_callback, start)
+            callback_handler.register_end_callback(end)
+            stack.callback(callback_handler.remove_end_callback, end)
+            yield
+            self.bypassed = counters["aot_autograd"]["autograd_cache_bypass"]
+
+    def called(self) -> None:
+        """The model was called; to be said after each call."""
+        self._recompiled()
+
+    # -- the backend ---------------------------------------------------------------------------------------------------
+
+    def _compile(
+        self, graph: Any, inputs: list[Any], *, options: dict[str, Any], lowers: bool, **_: Any
+    ) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        watched = Watched(
+            function=_function(graph),
+            size=self.size,
+            is_symbolic=any(isinstance(item, torch.SymInt) for item in inputs),
+            operators=sum(node.op in ("call_function", "call_method", "call_module") for node in graph.graph.nodes),
+        )
+        self._watched.append(watched)
+        if lowers:
+            self._current = watched
+            with self.clock.phase("aot"), unset_fake_temporarily():  # autotuning runs on tensors with values
+                compile_fx(graph, inputs, inner_compile=self._inner, config_patches=options)
+
+        def run(*arguments: Any) -> Any:
+            watched.runs[self.size] += 1
+            return graph(*arguments)
+
+        return run
+
+    def _inner(self, *arguments: Any, **settings: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        with self.clock.phase("inductor"):
+            return compile_fx_inner(*arguments, **settings)
+
+    @contextlib.contextmanager
+    def _lowering(self) -> Iterator[None]:
+        """Examine each graph when its code is written, and build it or not."""
+        from torch._inductor.graph import GraphLowering
+
+        codegen, compile_to_module = GraphLowering.codegen, GraphLowering.compile_to_module
+
+        def write(lowering: Any) -> Any:
+            with self.clock.phase("inductor"):
+                written = codegen(lowering)
+                self._examine(lowering, written[0].value)
+            return written
+
+        def build(lowering: Any) -> Any:
+            self.lowered += 1
+            if self._build:
+                with self.clock.phase("build"):
+                    return compile_to_module(lowering)
+            lowering.codegen()
+            return types.SimpleNamespace(call=None, runner=None, __file__="", key="")
+
+        patched: Any = GraphLowering
+        patched.codegen, patched.compile_to_module = write, build
+        try:
+            yield
+        finally:
+            patched.codegen, patched.compile_to_module = codegen, compile_to_module
+
+    def _examine(self, lowering: Any, code: str) -> None:
+        watched = self._current
+        assert watched is not None
+        watched.works = traffic.count(lowering)
+        watched.peak_bytes = traffic.peak_bytes(lowering)
+        watched.inductor_bytes = sum(int(node.get_read_write_buffers_sizes()) for node in lowering.scheduler.nodes)
+        watched.launches = len(_CALL.findall(code, code.index("def call(")))
+
+    # -- breaks and recompiles -----------------------------------------------------------------------------------------
+
+    def _heard_of_a_break(self, message: str) -> None:
+        found = _BREAK.search(message)
+        if found is None:
+            return
+        explained = _EXPLANATION.search(found["rest"])
+        reason = found["reason"].strip().rstrip(":")
+        if explained:
+            reason = f"{reason}: {' '.join(explained[1].split())}"
+        line = int(found["line"])
+        code = linecache.getline(found["file"], line).strip()
+        self.breaks.append(Break(reason=reason, file=found["file"], line=line, code=code))
+
+    def _recompiled(self) -> None:
+        """Keep what was compiled again since the last time."""
+        from torch._dynamo.utils import get_compilation_metrics
+
+        for metrics in get_compilation_metrics():
+            key = (metrics.compile_id, metrics.start_time_us)
+            if key not in self._seen and metrics.recompile_reason:
+                cause = re.sub(r"^\d+/\d+: ", "", metrics.recompile_reason.splitlines()[0])
+                self.recompiles.append(
+                    Recompile(function=_SERIAL.sub("", metrics.co_name or ""), cause=cause, size=self.size)
+                )
+            self._seen.add(key)
+
+
+def _function(graph: Any) -> str:
+    """The function whose graph it is, without the serial number that each model's own copy has."""
+    reason = getattr(graph, "compile_subgraph_reason", None)
+    stack = getattr(reason, "user_stack", None)
+    return _SERIAL.sub("", stack[0].name) if stack else "forward"
+
+
+@contextlib.contextmanager
+def _kept_counters() -> Iterator[Any]:
+    """Dynamo's counters from nothing, and afterwards as they were."""
+    from torch._dynamo.utils import counters
+
+    before = {group: Counter(counts) for group, counts in counters.items()}
+    counters.clear()
+    try:
+        yield counters
+    finally:
+        counters.clear()
+        counters.update(before)
+
+
+@contextlib.contextmanager
+def _listening(heard: Callable[[str], None]) -> Iterator[None]:
+    """Hear what Dynamo logs of graph breaks, which it keeps to itself unless someone listens."""
+    import torch._dynamo.symbolic_convert
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard(record.getMessage())
+
+    log, listener = torch._dynamo.symbolic_convert.graph_break_log, Listener()
+    level, propagates = log.level, log.propagate
+    log.addHandler(listener)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(listener)
+        log.setLevel(level)
+        log.propagate = propagates
+
+
+__all__ = ["PHASES", "Capture", "Clock"]

@@ -1,0 +1,194 @@
+"""``explain``: compile a model that holds no values, at some sizes, and say what came of it."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cogx_fast.runtime.explain.capture import Capture
+from cogx_fast.runtime.explain.report import CacheUse, Explanation, Size
+
+if TYPE_CHECKING:
+    from cogx_fast.config import TransformerConfig
+    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.module import CogVideoXModel
+
+
+def explain(
+    model: CogVideoXModel,
+    *sizes: Sequence[int],
+    compile: CompileConfig | None = None,
+    spatial_factor: int = 8,
+    build: bool = True,
+) -> Explanation:
+    """Say what ``model`` becomes when it is compiled.
+
+    A copy of it that holds no values is compiled, from nothing, in a cache of its own, and never run: so it takes no
+    memory for weights and the compile time of a cold start, and leaves the model, its compiled state, torch's flags and
+    caches as they are. Its hooks are kept: a graph break, which compiling otherwise refuses, is reported.
+
+    Args:
+        model: any, compiled or not; one whose parameters are fake tensors already is used itself.
+        sizes: (videos in a call, frames, height, width) in pixels, called in this order; none means the model's own
+            video for two (guidance). More than one shows what recompiles.
+        compile: how to compile it; None: as it is compiled, or by default.
+        spatial_factor: pixels along a latent pixel's side (the VAE's; 8 in every released model).
+        build: compile the generated code to machine code, as a start would, and start a second time to see what the
+            cache gives. Without, the seconds lack that phase.
+
+    Returns:
+        What was found; ``print`` it for a table.
+
+    Raises:
+        ValueError: the model cannot make a video of such a size.
+    """
+    from torch._inductor.utils import fresh_cache
+
+    from cogx_fast.runtime.compile import CompileConfig
+
+    config = compile or getattr(model, "_compile_config", None) or CompileConfig()
+    videos = _sizes(model, sizes, spatial_factor)
+    with fresh_cache():
+        cold = _compiled(model, videos, config, spatial_factor, build=build)
+        cache = None
+        if build:
+            warm = _compiled(model, videos, config, spatial_factor, build=True)
+            graphs = len(warm.graphs)
+            cache = CacheUse(
+                hits=graphs - warm.lowered,
+                misses=warm.lowered,
+                bypassed=warm.bypassed,
+                seconds=sum(warm.clock.seconds.values()),
+            )
+    return Explanation(
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        scope=config.scope,
+        mode=config.mode or "",
+        attention=", ".join(model.attention_backends),
+        sizes=videos,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        weights=weight_bytes(model),
+        graphs=cold.graphs,
+        breaks=tuple(cold.breaks),
+        recompiles=tuple(cold.recompiles),
+        seconds=dict(cold.clock.seconds),
+        cache=cache,
+    )
+
+
+def empty_model(
+    config: TransformerConfig, *, attention: str, dtype: torch.dtype, device: torch.device
+) -> CogVideoXModel:
+    """A model whose tensors hold no values and take no memory: fake tensors, to compile and not to run."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from cogx_fast.runtime.module import CogVideoXModel
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+            return CogVideoXModel(config, attention=attention).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def weight_bytes(model: torch.nn.Module) -> dict[str, int]:
+    """Bytes of parameters and buffers by dtype, or by the type of quantized ones; the largest share first."""
+    sizes: Counter[str] = Counter()
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        parts = _parts(tensor)
+        name = str(tensor.dtype).removeprefix("torch.") if len(parts) == 1 else type(tensor.data).__name__
+        sizes[name] += sum(part.numel() * part.itemsize for part in parts)
+    return dict(sizes.most_common())
+
+
+def fake_copy(model: CogVideoXModel) -> tuple[CogVideoXModel, Any]:
+    """A copy without values, that runs eagerly, and the mode that its tensors are of."""
+    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+    from cogx_fast.runtime.compile import uncompile_model
+
+    mode = detect_fake_mode(list(model.parameters()))
+    if mode is not None:
+        faked = model
+    else:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with FakeCopyMode(mode):
+            faked = copy.deepcopy(model, {id(model._recorder): None} if model._recorder else None)
+    uncompile_model(faked)
+    faked._tables.clear()
+    return faked, mode
+
+
+def _compiled(
+    model: CogVideoXModel, videos: tuple[Size, ...], config: CompileConfig, spatial_factor: int, *, build: bool
+) -> Capture:
+    """Compile a copy by calling it at each size."""
+    from cogx_fast.runtime.compile import compile_model, uncompile_model
+
+    faked, mode = fake_copy(model)
+    capture = Capture(build=build)
+    compile_model(faked, config, compiler=capture.compiler)
+    try:
+        with mode, torch.no_grad(), capture.watching():
+            for index, video in enumerate(videos):
+                capture.size = index
+                faked(**_arguments(faked, video, spatial_factor))
+                capture.called()
+    finally:
+        uncompile_model(faked)
+    return capture
+
+
+def _sizes(model: CogVideoXModel, sizes: Sequence[Sequence[int]], factor: int) -> tuple[Size, ...]:
+    from cogx_fast import costs
+
+    if not sizes:
+        own = costs.default_video(model.config, spatial_factor=factor)
+        sizes = ((2, own.frames, own.height, own.width),)
+    found = []
+    for size in sizes:
+        if len(size) != 4 or size[0] < 1:
+            raise ValueError(f"size is {size!r}, expected (videos in a call, frames, height, width), all 1 or more")
+        video = costs.choose_video(model.config, frames=size[1], height=size[2], width=size[3], spatial_factor=factor)
+        found.append(Size(size[0], video.frames, video.height, video.width))
+    return tuple(found)
+
+
+def _arguments(model: CogVideoXModel, video: Size, factor: int) -> dict[str, Any]:
+    """What a pipeline calls the model with; made under a fake mode, so without values."""
+    config = model.config
+    frames = (video.frames - 1) // config.temporal_compression_ratio + 1
+    if config.patch_size_t is not None:
+        frames = -(-frames // config.patch_size_t) * config.patch_size_t
+    height, width = video.height // factor, video.width // factor
+    with torch.device(model.device):
+        arguments: dict[str, Any] = {
+            "hidden_states": torch.empty(video.batch, frames, config.in_channels, height, width, dtype=model.dtype),
+            "encoder_hidden_states": torch.empty(
+                video.batch, config.max_text_seq_length, config.text_embed_dim, dtype=model.dtype
+            ),
+            "timestep": torch.full((video.batch,), 500),
+        }
+        if config.ofs_embed_dim is not None:
+            arguments["ofs"] = torch.full((1,), 2.0, dtype=model.dtype)
+    return arguments
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a weight is kept in."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor]
+    return [part for name in flatten()[0] for part in _parts(getattr(tensor, name))]
+
+
+__all__ = ["empty_model", "explain", "fake_copy", "weight_bytes"]

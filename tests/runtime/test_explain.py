@@ -1,0 +1,257 @@
+"""What is said of a compiled model is what is there: counted beside formulas, planted breaks and recompiles seen."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cogx_fast
+from cogx_fast import CompileConfig, costs
+from cogx_fast.runtime.compile import compile_model, watch_compilation
+from cogx_fast.runtime.explain import Explanation, empty_model, explain
+from cogx_fast.runtime.explain.capture import Capture, Clock
+from cogx_fast.runtime.module import CogVideoXModel
+from tests.conftest import report, run_cli
+from tests.support import inputs, small
+
+FIRST, SECOND = (2, 13, 96, 80), (1, 13, 64, 80)
+
+
+def make(**changes: Any) -> CogVideoXModel:
+    torch.manual_seed(0)
+    return CogVideoXModel(small("5b", **changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def explained() -> Explanation:
+    """Built to machine code and started a second time."""
+    return make().explain(FIRST, compile=CompileConfig(dynamic=False))
+
+
+@pytest.fixture(scope="module")
+def recompiled() -> Explanation:
+    """Two sizes, each compiled for itself; captured only."""
+    return make().explain(FIRST, SECOND, compile=CompileConfig(dynamic=False, backend="eager"))
+
+
+# -- what is there -----------------------------------------------------------------------------------------------------
+
+
+def test_graphs_and_how_often_they_run(recompiled: Explanation) -> None:
+    assert [(graph.function, graph.size, graph.runs) for graph in recompiled.graphs] == [
+        ("forward", 0, 2), ("forward", 1, 2)
+    ]  # fmt: skip
+    assert not recompiled.breaks
+    assert not any(graph.is_symbolic for graph in recompiled.graphs)
+    assert all(graph.operators > 50 for graph in recompiled.graphs)
+
+
+def test_a_recompile_says_what_caused_it(recompiled: Explanation) -> None:
+    (recompile,) = recompiled.recompiles
+    assert (recompile.function, recompile.size) == ("forward", 1)
+    assert "x_BSD" in recompile.cause
+    assert "expected 2, actual 1" in recompile.cause
+    assert "2 graphs, 0 breaks, 1 recompile" in str(recompiled)
+    assert f"recompile   forward at 1 × 13 × 64 × 80: {recompile.cause}" in str(recompiled)
+
+
+def test_operations_are_those_of_the_cost_model(explained: Explanation) -> None:
+    config = small("5b")
+    video = costs.VideoSize(frames=13, height=96, width=80)
+    flops = costs.count_flops(config, costs.count_tokens(config, video), batch=2)
+    assert explained.kinds["attention"].flops == flops["attention scores"]
+    assert explained.kinds["matmul"].flops == flops["attention"] + flops["feed-forward"]
+    assert explained.total.flops == explained.kinds["attention"].flops + explained.kinds["matmul"].flops
+
+
+def test_bytes_of_the_products_are_their_operands_and_results(explained: Explanation) -> None:
+    config = small("5b")
+    width = config.inner_dim
+    tokens = 2 * costs.count_tokens(config, costs.VideoSize(frames=13, height=96, width=80)).joint
+    linears = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    expected = sum(tokens * i + i * o + o + tokens * o for i, o in linears)
+    assert explained.kinds["matmul"].kernels == len(linears) * config.num_layers
+    assert explained.kinds["matmul"].bytes == 4 * config.num_layers * expected
+    stream = 4 * tokens * width
+    assert explained.kinds["attention"].bytes == config.num_layers * 4 * stream
+
+
+def test_every_kernel_is_counted_once(explained: Explanation) -> None:
+    (graph,) = explained.graphs
+    assert sum(not kernel.is_generated for kernel in graph.kernels) == 5  # four products and attention
+    assert 5 < graph.launches <= len(graph.kernels)
+    assert graph.inductor_bytes >= graph.bytes > 0
+    assert explained.total.kernels == sum(graph.runs * len(graph.kernels) for graph in explained.first)
+    assert {"pointwise", "reduction", "matmul", "attention"} <= explained.kinds.keys()
+
+
+def test_weights(explained: Explanation) -> None:
+    model = make()
+    assert explained.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert explained.weights == {"float32": 4 * explained.parameters}
+
+
+def test_seconds_by_phase_and_the_second_start(explained: Explanation) -> None:
+    assert all(seconds > 0 for seconds in explained.seconds.values())
+    assert list(explained.seconds) == ["dynamo", "aot", "inductor", "build"]
+    assert explained.cache is not None
+    assert (explained.cache.hits, explained.cache.misses) == (1, 0)
+    assert explained.cache.seconds < sum(explained.seconds.values())
+
+
+def test_text_and_json_say_it(explained: Explanation) -> None:
+    text = str(explained)
+    assert "1 graph, 0 breaks, 0 recompiles" in text
+    assert "matmul addmm" in text
+    data = json.loads(json.dumps(explained.to_dict()))
+    assert data["sizes"] == [{"batch": 2, "frames": 13, "height": 96, "width": 80}]
+    assert data["total"]["flops"] == explained.total.flops
+    assert len(data["graphs"][0]["kernels"]) == len(explained.graphs[0].kernels)
+
+
+# -- planted -----------------------------------------------------------------------------------------------------------
+
+
+def _breaking(module: Any, arguments: Any, output: Any) -> None:
+    torch._dynamo.graph_break()  # planted
+
+
+def test_a_break_in_a_hook_is_reported_with_reason_and_line() -> None:
+    model = cogx_fast.load("tiny")
+    model.transformer_blocks[0].attn1.register_forward_hook(_breaking)
+    found = model.explain((1, 5, 16, 16), spatial_factor=4, compile=CompileConfig(backend="eager"))
+    lines, first = inspect.getsourcelines(_breaking)
+    planted = found.breaks[0]
+    assert (planted.file, planted.line) == (__file__, first + 1)
+    assert planted.code == lines[1].strip()
+    assert "graph_break" in planted.reason
+    assert len(found.graphs) > 1
+    assert f"break   {__file__}:{first + 1}" in str(found)
+
+
+def test_what_a_graph_holds_at_once_by_hand() -> None:
+    def two_products(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x @ w) @ w.t()
+
+    capture = Capture(build=False)
+    with capture.watching(), torch.no_grad():
+        capture.compiler(two_products)(torch.empty(64, 32), torch.empty(32, 128))
+    (graph,) = capture.graphs
+    assert [kernel.kind for kernel in graph.kernels] == ["matmul", "pointwise", "matmul"]
+    assert graph.peak_bytes == 4 * 2 * 64 * 128  # before and after relu
+    assert [kernel.bytes // 4 for kernel in graph.kernels] == [
+        64 * 32 + 32 * 128 + 64 * 128, 2 * 64 * 128, 64 * 128 + 32 * 128 + 64 * 32
+    ]  # fmt: skip
+
+
+def test_a_kernel_that_only_moves_is_a_copy() -> None:
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return x.t().contiguous()
+
+    capture = Capture(build=False)
+    with capture.watching(), torch.no_grad():
+        capture.compiler(turned)(torch.empty(64, 32))
+    assert [kernel.kind for graph in capture.graphs for kernel in graph.kernels] == ["copy"]
+
+
+def test_inner_phases_stop_the_outer_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 3.0, 7.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    clock = Clock()
+    with clock.phase("aot"), clock.phase("inductor"):
+        pass
+    assert (clock.seconds["aot"], clock.seconds["inductor"]) == (5.0, 2.0)
+
+
+# -- what is left alone ------------------------------------------------------------------------------------------------
+
+
+def test_the_model_and_torch_stay_as_they_were() -> None:
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
+    model = make(num_layers=1)
+    compile_model(model, CompileConfig(backend="eager"))
+    arguments = inputs(model.config)
+    with torch.no_grad():
+        before = model(**arguments).sample
+    pointers = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    forwards = [block.forward for block in model.transformer_blocks]
+    settings, environment = config.get_config_copy(), dict(os.environ)
+    counted = {group: dict(counts) for group, counts in counters.items()}
+
+    explain(model, FIRST, compile=CompileConfig(), build=False)
+
+    assert config.get_config_copy() == settings
+    assert dict(os.environ) == environment
+    assert {group: dict(counts) for group, counts in counters.items()} == counted
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == pointers
+    assert [block.forward for block in model.transformer_blocks] == forwards
+    with watch_compilation() as stats, torch.no_grad():
+        after = model(**arguments).sample
+    assert stats.graphs == 0
+    assert torch.equal(before, after)
+
+
+def test_a_model_is_explained_as_it_is_compiled() -> None:
+    model = make(num_layers=1)
+    compile_model(model, CompileConfig(backend="eager", scope="model"))
+    found = model.explain(FIRST)
+    assert found.scope == "model"
+    assert [len(graph.kernels) for graph in found.graphs] == [0]  # that backend writes no code
+
+
+def test_a_model_without_values_takes_no_memory_for_them() -> None:
+    model = empty_model(small("5b"), attention="sdpa", dtype=torch.bfloat16, device=torch.device("cpu"))
+    found = explain(model, FIRST, compile=CompileConfig(backend="eager"))
+    assert "FakeTensor" in repr(next(model.parameters()))
+    assert found.weights == {"bfloat16": 2 * found.parameters}
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(dict(small("5b"))))
+    size = ("--frames", "13", "--height", "96", "--width", "80")
+    told = report(run_cli("explain", config, *size, "--layers", "1", "--no-build", "--dtype", "fp32", "--json"))
+    assert told["sizes"] == [{"batch": 2, "frames": 13, "height": 96, "width": 80}]
+    assert told["kinds"]["matmul"]["kernels"] == 4
+    assert told["cache"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nothing",), "no preset"),
+        (("5b", "--height", "481"), "multiple of 16 pixels"),
+        (("5b", "--then", "1,2"), "expected videos,frames,height,width"),
+        (("5b", "--mode", "fastest"), "mode is 'fastest'"),
+        (("5b", "--attention", "best"), "'best' is not known"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_compiles(arguments: tuple[str, ...], words: str) -> None:
+    finished = run_cli("explain", *arguments)
+    assert finished.status == 2
+    assert words in finished.err
+
+
+def test_a_size_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="videos in a call, frames, height, width"):
+        make().explain((49, 480, 720))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernels_are_tritons() -> None:
+    found = make().to("cuda", torch.bfloat16).explain(FIRST)
+    assert found.device.startswith("cuda")
+    assert found.kinds["pointwise"].kernels > 0
+    assert found.cache is not None
+    assert found.cache.misses == 0
