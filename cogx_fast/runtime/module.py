@@ -23,7 +23,6 @@ from cogx_fast.runtime.choice import Choice
 from cogx_fast.runtime.plan import AttentionPlan, GridPlan
 
 if TYPE_CHECKING:
-    from cogx_fast.runtime.compile import CompileConfig
     from cogx_fast.runtime.explain import Explanation
 
 _TABLES_HELD = 8
@@ -358,34 +357,16 @@ class CogVideoXModel(CogVideoXTransformer):
 
         save_compile_cache(self, path)
 
-    def explain(
-        self,
-        *sizes: Sequence[int],
-        compile: CompileConfig | None = None,
-        spatial_factor: int = 8,
-        build: bool = True,
-    ) -> Explanation:
-        """Say what this model becomes when it is compiled: graphs, breaks with reason and line, recompiles with their
-        cause, kernels by kind with bytes and operations, compile seconds by phase (``runtime.explain.explain``).
-
-        A copy without values is compiled, afresh and in a cache of its own; this model stays as it is.
+    def explain(self, *sizes: Sequence[int], **options: Any) -> Explanation:
+        """Say what this model becomes when it is compiled: graphs, breaks, recompiles, kernels, seconds.
 
         Args:
-            sizes: (videos in a call, frames, height, width) in pixels, called in this order; none means the model's own
-                video for two. More than one shows what recompiles.
-            compile: how to compile it; None: as it is compiled, or by default.
-            spatial_factor: pixels along a latent pixel's side; 8 in every released model.
-            build: compile to machine code as well, and start again to see what the cache gives.
-
-        Returns:
-            What was found; ``print`` it for a table.
-
-        Raises:
-            ValueError: the model cannot make a video of such a size.
+            sizes: (videos in a call, frames, height, width) in pixels; none means the model's own video for two.
+            options: of ``runtime.explain.explain``, which says the rest.
         """
         from cogx_fast.runtime.explain import explain
 
-        return explain(self, *sizes, compile=compile, spatial_factor=spatial_factor, build=build)
+        return explain(self, *sizes, **options)
 
     def fuse_qkv_projections(self) -> None:
         """Nothing to do: query, key and value are one projection from the start."""

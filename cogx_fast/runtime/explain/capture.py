@@ -137,10 +137,11 @@ class Capture:
 
     def compiler(self, function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
         """As ``torch.compile``, but where capturing has to stop that is kept, and not raised."""
-        backend, options = settings.pop("backend", "inductor"), settings.pop("options", None)
-        if isinstance(backend, torch._TorchCompileInductorWrapper):  # Inductor, with options of its own
-            backend, options = "inductor", backend.config
-        backend = functools.partial(self._compile, options=dict(options or {}), lowers=backend == "inductor")
+        chosen: Any = settings.pop("backend", "inductor")
+        options = settings.pop("options", None)
+        if isinstance(chosen, torch._TorchCompileInductorWrapper):  # Inductor, with options of its own
+            chosen, options = "inductor", chosen.config
+        backend = functools.partial(self._compile, options=dict(options or {}), lowers=chosen == "inductor")
         return torch.compile(function, **{**settings, "fullgraph": False, "backend": backend})
 
     @contextlib.contextmanager
