@@ -46,13 +46,20 @@ class Setting:
     """Compile it on its first call: ours by ``CompileConfig()``, diffusers' by ``torch.compile(fullgraph=True)``."""
     attention: str = "auto"
     """Attention backend, of our transformer alone."""
+    attention_plan: str | None = None
+    """Sparse attention, of our transformer alone: a built-in plan's name or a file."""
     quant: str | None = None
     """Quantization recipe, of our transformer alone."""
 
     def __post_init__(self) -> None:
         if self.attention != "auto":
             get_backend(self.attention)
-        for name, value, unset in (("attention", self.attention, "auto"), ("quant", self.quant, None)):
+        options = (
+            ("attention", self.attention, "auto"),
+            ("attention_plan", self.attention_plan, None),
+            ("quant", self.quant, None),
+        )
+        for name, value, unset in options:
             if self.transformer == UPSTREAM and value != unset:
                 raise ValueError(f"{name} is {value!r}, which diffusers' transformer does not take: leave it out there")
 
@@ -153,6 +160,7 @@ def open_pipeline(model: Model, setting: Setting, *, device: torch.device) -> An
         dtype=setting.dtype,
         device=device,
         attention=setting.attention,
+        attention_plan=setting.attention_plan,
         compile=setting.compile,
         quant=setting.quant,
     )

@@ -37,6 +37,7 @@ class Task:
             "dtype": name_dtype(pipe.transformer.dtype),
             "compiled": self.setting.compile,
             "attention": self.setting.attention,
+            "attention_plan": self.setting.attention_plan,
             "quant": self.setting.quant,
             "steps": self.request.steps,
             "guidance": self.request.guidance,
@@ -83,6 +84,7 @@ def read_task(arguments: argparse.Namespace) -> Task:
         setting=generation.Setting(
             dtype=None if arguments.dtype is None else generation.DTYPES[arguments.dtype],
             attention=arguments.attention,
+            attention_plan=arguments.attention_plan,
             compile=device.type == "cuda" if arguments.compile is None else arguments.compile,
         ),
         request=generation.Request(
@@ -126,7 +128,7 @@ def change_task(task: Task, text: str, *, compile: bool | None = None) -> Task:
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"setting {text!r}: {key}: {error}") from None
     if settings.get("transformer") == generation.UPSTREAM:
-        settings = {"compile": bool(compile), "attention": "auto", **settings}
+        settings = {"compile": bool(compile), "attention": "auto", "attention_plan": None, **settings}
     try:
         setting = dataclasses.replace(task.setting, **settings)
     except ValueError as error:
@@ -150,6 +152,7 @@ def _keys() -> dict[str, Callable[[str], Any]]:
         "dtype": lambda text: generation.DTYPES[_one_of(DTYPE_NAMES, text)],
         "compile": lambda text: _SWITCH[_one_of(tuple(_SWITCH), text)],
         "attention": str,
+        "attention_plan": str,
         "steps": count,
         "guidance": float,
         "seed": seed,
