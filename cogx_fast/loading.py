@@ -51,6 +51,7 @@ def load(
     local_files_only: bool = False,
     check_finite: bool = False,
     variant: str | None = None,
+    for_pipelines: bool | None = True,
 ) -> CogVideoXModel:
     """Load a CogVideoX transformer.
 
@@ -81,6 +82,8 @@ def load(
         local_files_only: take a hub id from the cache only.
         check_finite: refuse infinite and NaN weights; costs a pass over all of them.
         variant: the ``<variant>`` in ``diffusion_pytorch_model.<variant>.safetensors``.
+        for_pipelines: build the class that diffusers' pipelines take for their own, which imports diffusers where it is
+            installed (seconds); False: a plain module, called the same way; None: as diffusers is imported already.
 
     Returns:
         The model, in evaluation mode, its parameters with gradients enabled as diffusers' ``from_pretrained`` leaves
@@ -105,7 +108,7 @@ def load(
     if compile_cache is not None and not compile:
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
     home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
-    build = model_class()
+    build = model_class(for_pipelines)
     prepare = None if quant is None else partial(_prepare, recipe=quant, device=home)
     if isinstance(source, nn.Module):
         model = adopt(source, build, dtype=wanted, device=place, check_finite=check_finite, prepare=prepare)

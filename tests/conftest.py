@@ -43,3 +43,25 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
     """A short compiled run of ``cogx-fast demo --json``, and where it wrote."""
     out = tmp_path_factory.mktemp("demo")
     return run_cli("demo", "--steps", "4", "--rounds", "1", "--out", out, "--json"), out
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package of two small blocks in fp32, made by the command line, and the checkpoint that it was made with."""
+
+    path: Path
+    checkpoint: Path
+    facts: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """``cogx-fast export`` of a small 5b."""
+    from tests.support import small, upstream
+
+    directory = tmp_path_factory.mktemp("package")
+    upstream(small("5b", num_attention_heads=1)).save_pretrained(directory / "model")
+    finished = run_cli(
+        "export", directory / "model", "--out", directory / "m.pt2", "--sizes", "1x16x16,13x128x128", "--json"
+    )
+    return Package(directory / "m.pt2", directory / "model", report(finished))

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 
 from cogx_fast import __version__
-from cogx_fast.cli import bench, compare, demo, explain, generate, info, plan, roofline
+from cogx_fast.cli import bench, compare, demo, explain, export, generate, info, plan, roofline
 from cogx_fast.cli.arguments import Parser
 from cogx_fast.cli.output import fail, one_line, quiet_libraries
 from cogx_fast.optional import MissingDependencyError
@@ -24,6 +24,7 @@ _COMMANDS = {
     "compare": compare,
     "info": info,
     "explain": explain,
+    "export": export,
     "plan": plan,
     "roofline": roofline,
     "bench": bench,

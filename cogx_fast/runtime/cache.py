@@ -146,6 +146,7 @@ def describe(model: CogVideoXModel, config: CompileConfig) -> dict[str, Any]:
         "config": hash_config(model.config),
         "compile": {key: _plain(value) for key, value in dataclasses.asdict(config).items()},
         "attention": sorted(model.attention_backends),
+        "sparse": model.attention_plan is not None,
         "weights": sorted(weights),
     }
 

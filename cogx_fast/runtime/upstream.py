@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
@@ -12,9 +13,16 @@ from cogx_fast.config import UPSTREAM_CLASS, TransformerConfig
 from cogx_fast.runtime.module import CogVideoXModel
 
 
+def model_class(for_pipelines: bool | None = True) -> type[CogVideoXModel]:
+    """The class that ``load`` builds; None: that for pipelines if diffusers is imported already."""
+    if for_pipelines is None:
+        for_pipelines = "diffusers" in sys.modules
+    return _pipelines_class() if for_pipelines else CogVideoXModel
+
+
 @functools.cache
-def model_class() -> type[CogVideoXModel]:
-    """The class that ``load`` builds: with diffusers installed, one that its pipelines take for their own transformer.
+def _pipelines_class() -> type[CogVideoXModel]:
+    """With diffusers installed, one that its pipelines take for their own transformer.
 
     It derives from diffusers' ``CogVideoXTransformer3DModel`` because ``from_pretrained(transformer=...)`` asks for a
     ``ModelMixin`` and warns of anything but that class; it shares none of its forward, weights' layout or files.

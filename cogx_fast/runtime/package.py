@@ -1,0 +1,366 @@
+"""Packages: a model's blocks compiled ahead of time, in one file, without its weights.
+
+``export_package`` compiles the block with AOTInductor, once for each kind of block (a quantized one and a plain one are
+two kinds), for a range of sizes. Weights are inputs of the compiled code, so a package runs any checkpoint of its
+configuration. ``load_package`` uses neither Dynamo nor Inductor, nor a compiler. Embedding and head run as they are, as
+in block-scope compilation.
+
+A package is code: ``load_package`` runs the library that it holds.
+
+Suffixes: B batch, S joint tokens, D model width, K head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from cogx_fast.model.attention import Mask, Rotary
+from cogx_fast.model.masks import LayerBlocks, full_block_mask
+from cogx_fast.runtime.artifact import (
+    ArtifactError,
+    describe_device,
+    describe_versions,
+    differences,
+    hash_config,
+    read_artifact,
+    write_artifact,
+)
+
+if TYPE_CHECKING:
+    from cogx_fast.runtime.module import CogVideoXModel
+
+KIND = "package"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeRange:
+    """The calls that a package is for.
+
+    Raises:
+        ValueError: an empty range, or a single size (compile that with ``CompileConfig(dynamic=False)``).
+    """
+
+    tokens: tuple[int, int]
+    """Fewest and most joint tokens of one video: text and video together."""
+    batch: int = 4
+    """Most videos in one call; guidance doubles them. Fewer are always possible."""
+
+    def __post_init__(self) -> None:
+        fewest, most = self.tokens
+        if not 2 <= fewest < most:
+            raise ValueError(f"tokens is {self.tokens}, expected (fewest, most) with 2 ≤ fewest < most")
+        if self.batch < 2:
+            raise ValueError(f"batch is {self.batch}, expected 2 or more: a package is for any batch up to that")
+
+
+def export_package(
+    model: CogVideoXModel,
+    path: str | os.PathLike[str],
+    sizes: SizeRange,
+    *,
+    on_kind: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Compile a model's blocks ahead of time into one file, which ``load_package`` runs with any such weights.
+
+    Args:
+        model: with the dtype, device, quantization and attention backend that the package is to have; not changed.
+        path: the file; replaced if it is there.
+        sizes: what it is for.
+        on_kind: told before each kind of block how many are done, and of how many.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: there is no C++ compiler, or the model cannot be exported.
+        OSError: the file cannot be written.
+    """
+    _need_compiler()
+    kinds: dict[str, list[int]] = {}
+    for index, block in enumerate(model.transformer_blocks):
+        kinds.setdefault(hash_block(block), []).append(index)
+    members: dict[str, bytes] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for number, (key, indices) in enumerate(kinds.items()):
+            on_kind(number, len(kinds))
+            target = Path(directory, f"{number}.pt2")
+            _compile_block(model, model.transformer_blocks[indices[0]], sizes, target)
+            members[f"{key}.pt2"] = target.read_bytes()
+    manifest = {
+        "versions": describe_versions(),
+        "device": describe_device(model.device),
+        "config": model.config.to_dict(),
+        "config_hash": hash_config(model.config),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": next(iter(model.attention_backends)),
+        "sizes": dataclasses.asdict(sizes),
+        "blocks": {str(index): key for key, indices in kinds.items() for index in indices},
+    }
+    write_artifact(path, KIND, manifest, members)
+    return manifest
+
+
+def load_package(
+    path: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | nn.Module,
+    *,
+    device: torch.device | str | int | None = None,
+    for_pipelines: bool | None = None,
+) -> CogVideoXModel:
+    """A model that runs a package's compiled code, with weights of your choice and no compiler.
+
+    This runs the library that the file holds: take packages only from where you would take a program from. Its
+    checksums are against damage, not malice. Everything is checked before any of its code is loaded.
+
+    Args:
+        path: what ``cogx-fast export`` or ``export_package`` wrote.
+        weights: a checkpoint of the package's configuration, or a live model; anything that ``load`` takes.
+        device: the device to run on; None is the first of the package's kind.
+        for_pipelines: build the class that diffusers' ``from_pretrained`` takes, which imports diffusers; None: if
+            diffusers has been imported already. Otherwise it is a plain module, called the same way.
+
+    Returns:
+        The model, for inference, called as always. Calls outside the package's sizes raise ``ValueError``.
+
+    Raises:
+        ArtifactError: (a ValueError) the file is damaged, or made for another version, device or configuration.
+        CheckpointError: (a ValueError) the weights cannot be loaded.
+    """
+    from cogx_fast.loading import load
+
+    manifest, members = read_artifact(path, KIND)
+    place = torch.device(device) if device is not None else torch.device(manifest["device"]["type"])
+    _refuse_other(path, manifest, place)
+    model = load(
+        weights, dtype=manifest["dtype"], device=place, attention=manifest["attention"], for_pipelines=for_pipelines
+    )
+    _refuse_weights(path, manifest, model)
+    sizes = SizeRange(tokens=tuple(manifest["sizes"]["tokens"]), batch=manifest["sizes"]["batch"])
+    runners = {name.removesuffix(".pt2"): _open(data, model.device) for name, data in members.items()}
+    model.requires_grad_(False)
+    for index, block in enumerate(model.transformer_blocks):
+        block.forward = PackagedBlock(block, runners[manifest["blocks"][str(index)]], sizes, model.dtype)
+    return model
+
+
+class PackagedBlock:
+    """A block's forward as compiled code: what the code takes for granted is checked at every call.
+
+    Args:
+        block: whose weights are read at every call, so that they may be changed or replaced.
+        runner: the compiled code.
+        sizes: what it is for.
+        dtype: of the stream.
+    """
+
+    def __init__(self, block: nn.Module, runner: Any, sizes: SizeRange, dtype: torch.dtype) -> None:
+        self._block = (block,)  # in a tuple, so that nothing takes it for a part of itself
+        self._runner = runner
+        self._sizes = sizes
+        self._dtype = dtype
+        self._expected = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves(block)]
+
+    def __call__(
+        self, x_BSD: Tensor, mod_B12D: Tensor, is_text_S1: Tensor, rotary: Rotary | None, mask: Mask | LayerBlocks
+    ) -> Tensor:
+        """As ``Block.forward``.
+
+        Raises:
+            ValueError: inputs or weights that the code was not compiled for.
+        """
+        weights = leaves(self._block[0])
+        self._check(x_BSD, mask, weights)
+        inputs = [*weights, x_BSD, mod_B12D, is_text_S1, *(rotary or ())]
+        output: Tensor = self._runner.run([tensor.contiguous() for tensor in inputs])[0]
+        return output
+
+    def _check(self, x_BSD: Tensor, mask: Mask | LayerBlocks, weights: Sequence[Tensor]) -> None:
+        batch, tokens = x_BSD.shape[:2]
+        fewest, most = self._sizes.tokens
+        if not fewest <= tokens <= most or batch > self._sizes.batch:
+            raise ValueError(
+                f"a call with {batch} videos of {tokens} tokens (text and video), but the package is for up to "
+                f"{self._sizes.batch} of {fewest} to {most}: export one with other --sizes or --batch"
+            )
+        found = [(leaf.shape, leaf.dtype, leaf.device) for leaf in weights]
+        if found != self._expected:
+            raise ValueError(
+                "the weights are not those that the package is for any more: their shape, dtype or device changed; "
+                "export a package for them"
+            )
+        if x_BSD.device != weights[0].device or x_BSD.dtype != self._dtype:
+            raise ValueError(
+                f"inputs are {x_BSD.dtype} on {x_BSD.device}, but the package is for {self._dtype} on "
+                f"{weights[0].device}: convert them"
+            )
+        if mask is not None and not isinstance(mask, BlockMask):  # a block mask here is the one that hides nothing
+            raise ValueError(
+                "an attention mask or plan is given, which packages do not take: use load(..., compile=True)"
+            )
+        if torch.is_grad_enabled() and x_BSD.requires_grad:
+            raise ValueError("gradients are asked for, which packages do not have: use load(...) to train")
+
+
+def leaves(block: nn.Module) -> list[Tensor]:
+    """Every weight of a block as plain tensors, in a fixed order: a quantized one is several."""
+    return [leaf for _, tensor in _named(block) for leaf in _flatten(tensor)]
+
+
+def hash_block(block: nn.Module) -> str:
+    """A name for a kind of block: names, shapes, dtypes and quantization of its weights."""
+    text = "\n".join(f"{name} {_describe(tensor)}" for name, tensor in _named(block))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _named(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from block.named_parameters()
+    yield from block.named_buffers()
+
+
+def _flatten(tensor: Any) -> list[Tensor]:
+    if not _is_wrapper(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [leaf for name in names for leaf in _flatten(getattr(tensor, name))]
+
+
+def _unflatten(like: Any, values: Iterator[Tensor]) -> Tensor:
+    """A tensor of the kind of ``like`` from plain ones; the reverse of ``_flatten``."""
+    if not _is_wrapper(like):
+        return next(values)
+    names, context = like.__tensor_flatten__()
+    inner = {name: _unflatten(getattr(like, name), values) for name in names}
+    rebuilt: Tensor = type(like).__tensor_unflatten__(inner, context, like.shape, like.stride())
+    return rebuilt
+
+
+def _is_wrapper(tensor: Any) -> bool:
+    return bool(is_traceable_wrapper_subclass(tensor))
+
+
+def _describe(tensor: Any) -> str:
+    if not _is_wrapper(tensor):
+        return f"{tensor.dtype} {tuple(tensor.shape)}"
+    names, context = tensor.__tensor_flatten__()
+    inner = ", ".join(f"{name}: {_describe(getattr(tensor, name))}" for name in names)
+    return f"{type(tensor).__name__}({inner}; {context})"
+
+
+class _Functional(nn.Module):
+    """A block as a function of its plain weights and its inputs."""
+
+    def __init__(self, block: nn.Module, mask: Mask) -> None:
+        super().__init__()
+        self.hidden = (block, mask)  # in a tuple: its weights are inputs, not parameters of what is exported
+
+    def forward(
+        self, weights: list[Tensor], x_BSD: Tensor, mod_B12D: Tensor, is_text_S1: Tensor, rotary: Rotary | None
+    ) -> Tensor:
+        block, mask = self.hidden
+        values = iter(weights)
+        tensors = {name: _unflatten(tensor, values) for name, tensor in _named(block)}
+        output: Tensor = torch.func.functional_call(block, tensors, (x_BSD, mod_B12D, is_text_S1, rotary, mask))
+        return output
+
+
+def _compile_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange, target: Path) -> None:
+    from torch._inductor import aoti_compile_and_package
+    from torch.export import Dim, export
+
+    from cogx_fast.runtime.compile import CompileConfig, _inductor_options
+
+    config, device, dtype = model.config, model.device, model.dtype
+    tokens, dim = sizes.tokens[1], config.inner_dim
+    x_BSD = torch.zeros(2, tokens, dim, device=device, dtype=dtype)
+    table_SK = torch.zeros(tokens, config.attention_head_dim, device=device)
+    rotary = (table_SK, table_SK.clone()) if config.use_rotary_positional_embeddings else None
+    is_text_S1 = torch.ones(tokens, 1, device=device, dtype=torch.bool)
+    weights = [leaf.detach() for leaf in leaves(block)]
+    batch_range = Dim("batch", min=1, max=sizes.batch)
+    tokens_range = Dim("tokens", min=sizes.tokens[0], max=sizes.tokens[1])
+    per_token = {0: tokens_range}
+    shapes = (
+        [None] * len(weights), {0: batch_range, 1: tokens_range}, {0: batch_range}, per_token,
+        None if rotary is None else (per_token, per_token),
+    )  # fmt: skip
+    mask = full_block_mask(device) if "flex" in model.attention_backends else None
+    forward = block.__dict__.pop("forward", None)  # of a model that is compiled
+    try:
+        with torch.no_grad():
+            arguments = (weights, x_BSD, torch.zeros(2, 12, dim, device=device, dtype=dtype), is_text_S1, rotary)
+            program = export(_Functional(block, mask), arguments, dynamic_shapes=shapes, strict=False)
+            options = {**_inductor_options(CompileConfig(), device), "aot_inductor.embed_kernel_binary": True}
+            aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
+    finally:
+        if forward is not None:
+            block.forward = forward
+
+
+def _need_compiler() -> None:
+    """Refuse to begin where generated code cannot be built."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "packages are made with a C++ compiler, and there is none: install g++ or clang++, or name one in the "
+            "environment variable CXX (running a package needs none)"
+        ) from error
+
+
+def _open(data: bytes, device: torch.device) -> Any:
+    """Load compiled code: from here on it runs."""
+    directory = tempfile.mkdtemp(prefix="cogx-fast-")
+    try:
+        file = Path(directory, "block.pt2")
+        file.write_bytes(data)
+        index = device.index if device.type == "cuda" else -1
+        return torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, index)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _refuse_other(path: object, manifest: Mapping[str, Any], device: torch.device) -> None:
+    """Refuse a package of other versions or for another device."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ArtifactError(f"{path}: is for CUDA, which is not there: export a package for this machine")
+    here, there = describe_device(device), dict(manifest["device"])
+    missing = set(there.get("instructions", "").split()) - set(here.get("instructions", "").split())
+    here.pop("name", None)
+    here.pop("instructions", None)
+    wrong = list(differences(manifest, {"versions": describe_versions(), "device": here}))
+    if missing:
+        wrong.append(f"device.instructions: needs {' '.join(sorted(missing))}, which this CPU does not have")
+    if wrong:
+        raise ArtifactError(f"{path}: was made for something else ({'; '.join(wrong)}): export one here")
+
+
+def _refuse_weights(path: object, manifest: Mapping[str, Any], model: CogVideoXModel) -> None:
+    """Refuse weights that a package is not for."""
+    if hash_config(model.config) != manifest["config_hash"]:
+        wrong = "; ".join(differences(manifest["config"], model.config.to_dict()))
+        raise ArtifactError(f"{path}: was made for another configuration than that of the weights ({wrong})")
+    blocks = {str(index): hash_block(block) for index, block in enumerate(model.transformer_blocks)}
+    wrong_blocks = [index for index, key in blocks.items() if manifest["blocks"].get(index) != key]
+    if wrong_blocks:
+        raise ArtifactError(
+            f"{path}: was made for other weights (shapes, dtypes or quantization of blocks {', '.join(wrong_blocks)})"
+        )
+
+
+__all__ = ["PackagedBlock", "SizeRange", "export_package", "hash_block", "leaves", "load_package"]

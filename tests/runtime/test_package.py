@@ -1,0 +1,272 @@
+"""A package computes what the model computes, with any weights of its configuration, and no compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cogx_fast
+from cogx_fast.loading import load
+from cogx_fast.runtime import package as module
+from cogx_fast.runtime.artifact import ArtifactError, read_artifact, write_artifact
+from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.package import SizeRange, export_package, load_package
+from tests.conftest import Package
+from tests.support import RELEASED, inputs, relative_error, small, upstream
+
+SIZES: list[dict[str, int]] = [
+    {},
+    {"batch": 1},
+    {"batch": 4, "frames": 1, "height": 2, "width": 2, "text_len": 1},
+    {"batch": 3, "frames": 3, "height": 16, "width": 6, "text_len": 5},
+    {"frames": 4, "height": 16, "width": 16},
+]
+
+
+def call(model: CogVideoXModel, arguments: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        output: torch.Tensor = model(**arguments, return_dict=False)[0]
+    return output
+
+
+def check(packaged: CogVideoXModel, eager: CogVideoXModel, most: float = 1e-5) -> None:
+    for size in SIZES:
+        arguments = inputs(eager.config, **size)
+        assert relative_error(call(packaged, arguments), call(eager, arguments)) <= most, size
+
+
+@pytest.fixture(scope="module")
+def packaged(package: Package) -> CogVideoXModel:
+    return load_package(package.path, package.checkpoint)
+
+
+def test_one_package_computes_every_size_of_its_range(packaged: CogVideoXModel, package: Package) -> None:
+    check(packaged, load(package.checkpoint))
+
+
+def test_other_weights_of_the_configuration(package: Package) -> None:
+    other = upstream(packaged_config := small("5b", num_attention_heads=1), seed=7)
+    model = load_package(package.path, other)
+    eager = load(other)
+    check(model, eager)
+    first = call(load_package(package.path, package.checkpoint), inputs(packaged_config))
+    assert relative_error(first, call(eager, inputs(packaged_config))) > 0.1
+
+
+def test_weights_that_are_changed_in_place_or_replaced(package: Package) -> None:
+    """As merging a LoRA does."""
+    model, eager = load_package(package.path, package.checkpoint), load(package.checkpoint)
+    for each in (model, eager):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for block in each.transformer_blocks:
+                linear = block.attn1.to_qkv
+                linear.weight.data = linear.weight + torch.randn(linear.out_features, 2) @ torch.randn(
+                    2, linear.in_features
+                )
+        each.transformer_blocks[1].ff.net[2].weight = torch.nn.Parameter(
+            torch.randn_like(each.transformer_blocks[1].ff.net[2].weight) * 0.1, requires_grad=False
+        )
+    check(model, eager)
+
+
+CHILD = """
+import sys, time, torch
+for name in ("torch._dynamo", "torch._inductor", "torch._functorch.aot_autograd"):
+    assert name not in sys.modules
+    sys.modules[name] = None  # importing it is an error
+began = time.perf_counter()
+import cogx_fast
+model = cogx_fast.load_package(sys.argv[1], sys.argv[2])
+config = model.config
+latents = torch.ones(1, 4, config.in_channels, config.sample_height, config.sample_width, dtype=model.dtype)
+text = torch.ones(1, config.max_text_seq_length, config.text_embed_dim, dtype=model.dtype)
+with torch.no_grad():
+    output = model(latents, text, 500).sample
+print(time.perf_counter() - began, output.double().sum().item())
+"""
+
+
+def first_output(path: Path, weights: str | Path, empty: Path) -> tuple[float, float]:
+    """Seconds from torch's import to the first output in a process without compilers, and the output's sum."""
+    env = os.environ | {"PATH": str(empty), "CXX": str(empty / "none"), "TORCHINDUCTOR_CACHE_DIR": str(empty / "cache")}
+    command = [sys.executable, "-c", CHILD, str(path), str(weights)]
+    root = Path(__file__).parents[2]
+    child = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    assert child.returncode == 0, child.stderr
+    assert not (empty / "cache").exists()
+    seconds, total = map(float, child.stdout.split())
+    return seconds, total
+
+
+def test_no_compiler_at_run_time(package: Package, packaged: CogVideoXModel, tmp_path: Path) -> None:
+    _, total = first_output(package.path, package.checkpoint, tmp_path)
+    config = packaged.config
+    latents = torch.ones(1, 4, config.in_channels, config.sample_height, config.sample_width)
+    text = torch.ones(1, config.max_text_seq_length, config.text_embed_dim)
+    with torch.no_grad():
+        assert total == pytest.approx(packaged(latents, text, 500).sample.double().sum().item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_tiny_models_first_output_within_three_seconds(tmp_path: Path) -> None:
+    """From the end of torch's import to the output, the package's and the weights' loading included. In bf16."""
+    model = load("tiny", for_pipelines=False)
+    export_package(model, tmp_path / "tiny.pt2", SizeRange(tokens=(2, 2000)))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    seconds, _ = first_output(tmp_path / "tiny.pt2", "tiny", empty)
+    print(f"first output after {seconds:.2f} s")
+    assert seconds <= 3
+    exact, packaged = load("tiny", dtype="fp32"), load_package(tmp_path / "tiny.pt2", "tiny")
+    for size in SIZES:
+        arguments = inputs(model.config, **size)
+        half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in arguments.items()}
+        truth = call(exact, arguments)
+        eager_error = relative_error(call(model, half), truth)
+        assert relative_error(call(packaged, half), truth) <= 1.05 * eager_error, size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RELEASED if name != "5b"])
+def test_every_released_model_can_be_packaged(name: str, tmp_path: Path) -> None:
+    source = upstream(small(name, num_attention_heads=1))
+    export_package(load(source), tmp_path / "m.pt2", SizeRange(tokens=(2, 1000)))
+    model, eager = load_package(tmp_path / "m.pt2", source), load(source)
+    for batch in (1, 2):
+        for size in ({}, {"text_len": 3}) if name != "5b-i2v" else ({},):
+            arguments = inputs(eager.config, batch=batch, **size)
+            assert relative_error(call(model, arguments), call(eager, arguments)) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_a_package_for_cuda(attention: str, tmp_path: Path) -> None:
+    source = upstream(small("5b"))
+    model = load(source, dtype="bf16", device="cuda", attention=attention)
+    export_package(model, tmp_path / "m.pt2", SizeRange(tokens=(2, 1000)))
+    packaged, exact = load_package(tmp_path / "m.pt2", source), load(source, dtype="fp32", device="cuda")
+    for size in SIZES[:4]:
+        arguments = inputs(model.config, device="cuda", **size)
+        half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in arguments.items()}
+        truth = call(exact, arguments)
+        assert relative_error(call(packaged, half), truth) <= 1.05 * relative_error(call(model, half), truth), size
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unopened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No code of a package may be loaded."""
+    monkeypatch.setattr(module, "_open", lambda *_: pytest.fail("code of a refused package was loaded"))
+
+
+@pytest.mark.usefixtures("unopened")
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("versions.torch", "1.0", "versions.torch: got '1.0', expected"),
+        ("versions.cogx_fast", "0.0", "versions.cogx_fast: got '0.0', expected"),
+        ("device.system", "plan9 pdp11", "device.system: got 'plan9 pdp11', expected"),
+        ("device.type", "cuda", "is for CUDA, which is not there"),
+        ("device.instructions", "avx2 avx4096", "needs avx4096, which this CPU does not have"),
+        ("config_hash", "0", "another configuration"),
+        ("blocks.1", "0", r"other weights \(shapes, dtypes or quantization of blocks 1\)"),
+    ],
+)
+def test_a_manifest_that_does_not_match(package: Package, tmp_path: Path, field: str, value: Any, message: str) -> None:
+    if value == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    manifest, members = read_artifact(package.path, module.KIND)
+    target = manifest
+    for key in field.split(".")[:-1]:
+        target = target[key]
+    target[field.split(".")[-1]] = value
+    write_artifact(tmp_path / "m.pt2", module.KIND, manifest, members)
+    with pytest.raises(ArtifactError, match=message):
+        load_package(tmp_path / "m.pt2", package.checkpoint)
+
+
+@pytest.mark.usefixtures("unopened")
+def test_weights_of_another_model(package: Package) -> None:
+    other = upstream(small("5b", num_attention_heads=1, time_embed_dim=40))
+    with pytest.raises(ArtifactError, match=r"another configuration.*time_embed_dim: got 48, expected 40"):
+        load_package(package.path, other)
+
+
+@pytest.mark.usefixtures("unopened")
+def test_a_damaged_package(package: Package, tmp_path: Path) -> None:
+    whole = package.path.read_bytes()
+    for content in (b"", b"nothing of the kind", whole[: len(whole) // 2], whole[:-1]):
+        (tmp_path / "m").write_bytes(content)
+        with pytest.raises(ArtifactError, match="damaged"):
+            load_package(tmp_path / "m", package.checkpoint)
+    for position in (2000, len(whole) // 2, len(whole) - 3000):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        (tmp_path / "m").write_bytes(damaged)
+        with pytest.raises(ArtifactError, match="damaged"):
+            load_package(tmp_path / "m", package.checkpoint)
+    with pytest.raises(FileNotFoundError):
+        load_package(tmp_path / "absent", package.checkpoint)
+
+
+def test_calls_that_the_code_is_not_for(package: Package) -> None:
+    model = load_package(package.path, package.checkpoint)
+    arguments = inputs(model.config)
+    mask = torch.ones(2, 128, dtype=torch.bool)
+    many = inputs(model.config, batch=4) | {"timestep": 3}
+    many = {name: torch.cat([value, value]) if torch.is_tensor(value) else value for name, value in many.items()}
+    with pytest.raises(ValueError, match=r"8 videos of .* but the package is for up to 4"):
+        call(model, many)
+    with pytest.raises(ValueError, match=r"tokens .* of 2 to 264: export one"):
+        call(model, inputs(model.config, height=40, width=40))
+    with pytest.raises(ValueError, match="attention mask"):
+        call(model, arguments | {"attention_kwargs": {"attention_mask": mask}})
+    with pytest.raises(ValueError, match="gradients"):
+        model(**arguments | {"hidden_states": arguments["hidden_states"].requires_grad_()})
+    with pytest.raises(ValueError, match=r"shape, dtype or device changed"):
+        call(model.to(torch.bfloat16), inputs(model.config, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("sizes", [{"tokens": (1, 9)}, {"tokens": (9, 9)}, {"tokens": (2, 9), "batch": 1}])
+def test_ranges_that_are_none(sizes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        SizeRange(**sizes)
+
+
+def test_without_a_cpp_compiler_the_message_says_so(package: Package, tmp_path: Path) -> None:
+    from torch._inductor import config
+
+    model = load(package.checkpoint)
+    with config.patch({"cpp.cxx": (str(tmp_path / "none"),)}), pytest.raises(ValueError, match="install g"):
+        export_package(model, tmp_path / "m.pt2", SizeRange(tokens=(2, 100)))
+    assert not (tmp_path / "m.pt2").exists()
+
+
+# -- beside diffusers --------------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_takes_it_for_its_transformer(package: Package) -> None:
+    from diffusers.models.modeling_utils import ModelMixin
+
+    assert isinstance(load_package(package.path, package.checkpoint, for_pipelines=True), ModelMixin)
+    plain = load_package(package.path, package.checkpoint, for_pipelines=False)
+    assert type(plain) is CogVideoXModel
+    assert cogx_fast.load_package is load_package
+
+
+def test_the_manifest_is_readable(package: Package) -> None:
+    manifest, members = read_artifact(package.path, module.KIND)
+    assert json.dumps(manifest)
+    assert len(members) == 1  # both blocks are of one kind
+    assert manifest["sizes"] == {"tokens": [2, 264], "batch": 4}
+    assert not any("safetensors" in name for name in members)
