@@ -150,8 +150,11 @@ class TransformerConfig(Mapping[str, Any]):
     def from_dict(cls, data: Mapping[str, Any], *, origin: str = "config") -> TransformerConfig:
         """A configuration from the content of a diffusers ``config.json``; keys that begin with "_" are ignored.
 
+        So is a ``quantization_config`` of torchao: what is quantized, and how, stands with the weights.
+
         Raises:
-            ConfigError: it belongs to another model class, has unknown keys, or holds impossible values.
+            ConfigError: it belongs to another model class, is quantized by another library than torchao, has unknown
+                keys, or holds impossible values.
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"{origin}: got a {type(data).__name__}, expected a mapping of the fields of config.json")
@@ -162,6 +165,7 @@ class TransformerConfig(Mapping[str, Any]):
             )
         known = {field.name for field in dataclasses.fields(cls)}
         fields = {str(key): value for key, value in data.items() if not str(key).startswith("_")}
+        _check_quantization(fields.pop("quantization_config", None), origin)
         unknown = [key for key in fields if key not in known]
         if unknown:
             raise ConfigError(f"{origin}: unknown {_describe_unknown(unknown, known)}")
@@ -220,6 +224,19 @@ def _check_type(name: str, annotation: str, value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return value if is_bool else int(value)
     return float(value) if kind == "float" else value
+
+
+def _check_quantization(quantization: Any, origin: str) -> None:
+    """Raise where weights are quantized by another library than torchao."""
+    if quantization is None:
+        return
+    get = quantization.get if isinstance(quantization, Mapping) else lambda key: getattr(quantization, key, None)
+    method = getattr(get("quant_method"), "value", get("quant_method"))
+    if method != "torchao":
+        raise ConfigError(
+            f"{origin}: quantization_config has quant_method {method!r}, only 'torchao' can be read: load the original "
+            "checkpoint in floating point and quantize it here"
+        )
 
 
 def _check_values(config: TransformerConfig) -> None:

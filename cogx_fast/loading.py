@@ -76,7 +76,8 @@ def load(
             only from where you trust code. One that does not fit is not used, with a warning that says why.
         quant: quantize with a recipe: the name of a shipped one (``cogx-fast recipes`` lists them), the path of a
             ``.toml`` file, or a ``quant.Recipe``. Files are quantized block by block as they are read; a live model
-            keeps its own weights beside the quantized ones until it is dropped.
+            keeps its own weights beside the quantized ones until it is dropped. Weights that are quantized already
+            need none, and take no other than their own.
         revision: branch, tag or commit of a hub id.
         cache_dir: the hub's cache, if another than huggingface_hub's own.
         local_files_only: take a hub id from the cache only.
@@ -128,7 +129,7 @@ def load(
         from cogx_fast.runtime.plan import choose_plan
 
         model.set_attention_plan(choose_plan(attention_plan, model.config))
-    if quant is not None and not compile:
+    if not compile:
         _warn_if_slow(model)
     if compile:
         from cogx_fast.runtime.compile import CompileConfig, compile_model

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.weights.errors import CheckpointError, some
-from cogx_fast.weights.headers import DTYPES
+from cogx_fast.weights.headers import DTYPES, FLOATING, Stored
 from cogx_fast.weights.layout import Slot, by_our_name, our_shape, slots
+from cogx_fast.weights.quantized import Weight, check_same, describe, inner_tensors, is_quantized, note_recipe
 from cogx_fast.weights.reading import Maps, announce, is_run, read
 from cogx_fast.weights.sources import Source
 
@@ -63,19 +64,27 @@ def load_checkpoint(
     """
     stored = source.headers()
     origin = str(source.weights)
-    layout = check_tensors({name: (t.shape, t.dtype) for name, t in stored.items()}, source.config, origin)
-    groups = by_our_name(layout)
+    quantized = describe(stored, source.metadata(stored), source.config, origin)
+    found = quantized.found if quantized else {name: (t.shape, t.dtype) for name, t in stored.items()}
+    layout = check_tensors(found, source.config, origin)
+    weights = quantized.weights if quantized else {}
+    groups = {name: group for name, group in by_our_name(layout).items() if name not in weights}
     dtypes = {
         name: target_dtype(name, [stored[slot.name].dtype for slot in group], dtype) for name, group in groups.items()
     }
+    for name, weight in weights.items():
+        check_dtype(name, weight.dtype, dtype, origin)
+        check_same(weight, origin)
     announce({tensor.path for tensor in stored.values()})
     with torch.device("meta"):
         model = build(source.config)
-    finish = None if prepare is None else prepare(in_dtypes(model, dtypes))
+    finish = None if prepare is None else prepare(in_dtypes(model, dtypes | {n: w.dtype for n, w in weights.items()}))
+    if quantized:  # already: whether as it is asked for
+        finish = None
+        note_recipe(model, quantized.recipe, origin, asked=prepare is not None)
     maps = Maps()
 
-    def fill(names: Iterable[str]) -> None:
-        pieces = []
+    def fill(names: Iterable[str], pieces: list[tuple[Stored, Tensor]]) -> None:
         for name in names:
             group = groups[name]
             parts, shape = [stored[slot.name] for slot in group], our_shape(source.config, group)
@@ -87,15 +96,23 @@ def load_checkpoint(
             pieces += [(part, slot.view(tensor)) for part, slot in zip(parts, group, strict=True)]
         read(pieces)
         if check_finite:
-            check_values(model, {slot.name: slot for name in names for slot in groups[name]}, origin)
+            chosen = {*names, *(weights if finish is None else ())}
+            check_values(model, {name: slot for name, slot in layout.items() if slot.our_name in chosen}, origin)
 
     if finish is None:
-        fill(groups)
+        fill(groups, [piece for weight in weights.values() for piece in place(model, weight, maps, device)])
         return model
     for part, names in by_part(groups).items():
-        fill(names)
+        fill(names, [])
         finish(model.get_submodule(part), part)
     return model
+
+
+def place(model: nn.Module, weight: Weight, maps: Maps, device: torch.device) -> list[tuple[Stored, Tensor]]:
+    """Give a model one of its quantized weights; returns what is still to be read into it."""
+    tensor, pieces = weight.pieces(maps, device)
+    put(model, weight.name, tensor, requires_grad=False)
+    return pieces
 
 
 def by_part(names: Iterable[str]) -> dict[str, list[str]]:
@@ -156,7 +173,7 @@ def _refuse_foreign(found: Mapping[str, tuple[tuple[int, ...], str]], origin: st
             f"{origin}: holds adapter (LoRA) weights ({some(adapters, 2)}): fuse them into the model "
             "(pipe.fuse_lora()) and unload the adapters (pipe.unload_lora_weights()) first, then save or load the model"
         )
-    quantized = [name for name, (_, dtype) in found.items() if _QUANTIZED.search(name) or dtype not in DTYPES]
+    quantized = [name for name, (_, dtype) in found.items() if _QUANTIZED.search(name) or dtype not in FLOATING]
     if quantized:
         kinds = sorted({found[name][1] for name in quantized})
         raise CheckpointError(
@@ -188,6 +205,15 @@ def target_dtype(name: str, stored: Iterable[str], dtype: torch.dtype | None) ->
     return promoted
 
 
+def check_dtype(name: str, stored: torch.dtype, dtype: torch.dtype | None, origin: str) -> None:
+    """Raise ``CheckpointError`` where quantized weights are asked for in another dtype than they were made of."""
+    if dtype is not None and dtype != stored:
+        raise CheckpointError(
+            f"{origin}: dtype={dtype} is asked for, but {name} was quantized from {stored} and stays so: leave dtype "
+            "out, or load the original checkpoint in that dtype and quantize it"
+        )
+
+
 def put(model: nn.Module, name: str, tensor: Tensor, *, requires_grad: bool = True) -> None:
     """Make a tensor the parameter or buffer of that name."""
     path, _, leaf = name.rpartition(".")
@@ -203,12 +229,13 @@ def put(model: nn.Module, name: str, tensor: Tensor, *, requires_grad: bool = Tr
 def check_values(model: nn.Module, layout: Mapping[str, Slot], origin: str) -> None:
     """Raise ``CheckpointError`` where a weight is infinite or NaN."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    bad = [
+    names = dict.fromkeys(slot.our_name for slot in layout.values())
+    quantized = {name for name in names if is_quantized(tensors[name])}
+    bad = [name for name in quantized if not finite(tensors[name])]
+    bad += [
         name
         for name, slot in layout.items()
-        if not all(
-            part.isfinite().all() for part in slot.view(tensors[slot.our_name]).reshape(-1).split(_CHECKED_AT_ONCE)
-        )
+        if slot.our_name not in quantized and not finite(slot.view(tensors[slot.our_name]))
     ]
     if bad:
         raise CheckpointError(
@@ -217,4 +244,15 @@ def check_values(model: nn.Module, layout: Mapping[str, Slot], origin: str) -> N
         )
 
 
-__all__ = ["Finish", "by_part", "check_tensors", "check_values", "in_dtypes", "load_checkpoint", "put", "target_dtype"]
+def finite(tensor: Tensor) -> bool:
+    """Whether no value, or scale of quantized values, is infinite or NaN."""
+    if is_quantized(tensor):
+        return all(map(finite, inner_tensors(tensor)))
+    parts = tensor.reshape(-1).split(_CHECKED_AT_ONCE) if tensor.is_floating_point() else ()
+    return all((part.float() if part.itemsize == 1 else part).isfinite().all() for part in parts)
+
+
+__all__ = [
+    "Finish", "by_part", "check_dtype", "check_tensors", "check_values", "finite", "in_dtypes", "load_checkpoint",
+    "put", "target_dtype",
+]  # fmt: skip

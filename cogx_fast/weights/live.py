@@ -16,8 +16,10 @@ from cogx_fast.weights.checkpoint import (
     Finish,
     Model,
     by_part,
+    check_dtype,
     check_tensors,
     check_values,
+    finite,
     in_dtypes,
     put,
     target_dtype,
@@ -25,6 +27,7 @@ from cogx_fast.weights.checkpoint import (
 from cogx_fast.weights.errors import CheckpointError, some
 from cogx_fast.weights.headers import NAMES
 from cogx_fast.weights.layout import Slot, by_our_name, our_shape, slots
+from cogx_fast.weights.quantized import Found, check_alike, is_quantized, note_recipe, recipe_text, taken
 
 
 def adopt(
@@ -59,28 +62,31 @@ def adopt(
     origin = f"the given {type(source).__name__}"
     ours = isinstance(source, CogVideoXTransformer)
     tensors = plain_tensors(source, origin)
-    if ours:
-        tensors = split_ours(tensors, config, origin)
-    found = {
-        name: (tuple(tensor.shape), NAMES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors.items()
-    }
+    found = _found(tensors, config, origin) if ours else {name: _kind(tensor) for name, tensor in tensors.items()}
     layout = check_tensors(found, config, origin)
     device = device or _one_device(tensors.values(), origin)
     groups = by_our_name(layout)
     dtypes = {
         name: target_dtype(name, [found[slot.name][1] for slot in group], dtype) for name, group in groups.items()
     }
+    own = dict(source.named_parameters()) | dict(source.named_buffers())
+    parts = {name: [own[name]] if ours else [tensors[slot.name] for slot in group] for name, group in groups.items()}
+    _check_quantized(parts, dtype, origin)
     if check_finite:
         check_values(source, layout, origin) if ours else _check_upstream_values(tensors, layout, origin)
     with torch.device("meta"):
         model = build(config)
     finish = None if prepare is None else prepare(in_dtypes(model, dtypes))
-    own = dict(source.named_parameters()) | dict(source.named_buffers())
+    if any(is_quantized(several[0]) for several in parts.values()):  # already: whether as it is asked for
+        finish = None
+        note_recipe(model, recipe_text(source), origin, asked=prepare is not None)
 
     def take(name: str, group: list[Slot]) -> None:
-        parts = [own[name]] if ours else [tensors[slot.name] for slot in group]
-        tensor = _take(parts, group, our_shape(config, group), dtypes[name], device)
-        put(model, name, tensor, requires_grad=any(part.requires_grad for part in parts))
+        if is_quantized(parts[name][0]):
+            tensor = taken(name, parts[name], device)
+        else:
+            tensor = _take(parts[name], group, our_shape(config, group), dtypes[name], device)
+        put(model, name, tensor, requires_grad=any(part.requires_grad for part in parts[name]))
 
     for part, names in by_part(groups).items():
         for name in names:
@@ -110,26 +116,30 @@ def model_config(source: nn.Module) -> TransformerConfig:
     return TransformerConfig.from_dict(config, origin=f"the config of the given {type(source).__name__}")
 
 
-def split_ours(tensors: Mapping[str, Tensor], config: TransformerConfig, origin: str) -> dict[str, Tensor]:
-    """Views of our model's tensors under diffusers' names and in its shapes.
+def _kind(tensor: Tensor) -> tuple[tuple[int, ...], str]:
+    return tuple(tensor.shape), NAMES.get(tensor.dtype, str(tensor.dtype))
 
-    Raises:
-        CheckpointError: the model's tensors are not those of its configuration (e.g. after baking or quantizing).
-    """
-    groups = by_our_name(slots(config))
-    expected = {name: our_shape(config, group) for name, group in groups.items()}
+
+def _found(tensors: Mapping[str, Tensor], config: TransformerConfig, origin: str) -> Found:
+    """The tensors of a model of ours as diffusers would have them."""
+    check_ours(tensors, config, origin)
+    return {slot.name: (slot.shape, _kind(tensors[slot.our_name])[1]) for slot in slots(config).values()}
+
+
+def check_ours(tensors: Mapping[str, Tensor], config: TransformerConfig, origin: str) -> None:
+    """Raise ``CheckpointError`` where tensors by our names are not those of a configuration."""
+    expected = {name: our_shape(config, group) for name, group in by_our_name(slots(config)).items()}
     actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     different = [name for name in expected | actual if expected.get(name) != actual.get(name)]
     if different:
         raise CheckpointError(
             f"{origin}: {len(different)} tensors are not those of its config: {some(different)}. A model that was "
-            "changed after loading (baked, quantized, with adapters) cannot be written or taken as it is: load it anew"
+            "changed after loading (baked, with adapters) cannot be written or taken as it is: load it anew"
         )
-    return {slot.name: slot.view(tensors[name].detach()) for name, group in groups.items() for slot in group}
 
 
 def plain_tensors(source: nn.Module, origin: str) -> dict[str, Tensor]:
-    """What the source's checkpoint would hold, as the parameters and buffers themselves."""
+    """What the source's checkpoint would hold, as the parameters and buffers themselves, quantized or not."""
     processors = {name: getattr(module, "processor", None) for name, module in source.named_modules()}
     fused = [name for name, processor in processors.items() if type(processor).__name__.startswith("Fused")]
     if fused:
@@ -141,11 +151,12 @@ def plain_tensors(source: nn.Module, origin: str) -> dict[str, Tensor]:
     tensors = {name: tensor for name, tensor in both.items() if name in persistent}
     if not isinstance(source, CogVideoXTransformer):  # unfusing leaves the fused copies behind
         tensors = {name: tensor for name, tensor in tensors.items() if ".attn1.to_qkv." not in name}
-    odd = [name for name, tensor in tensors.items() if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)]
+    plain = (Tensor, nn.Parameter, nn.Buffer)
+    odd = [name for name, tensor in tensors.items() if type(tensor) not in plain and not is_quantized(tensor)]
     if odd:
         raise CheckpointError(
-            f"{origin}: {some(odd, 2)} are of {type(tensors[odd[0]]).__name__}, not plain tensors (quantized or "
-            "distributed weights): load the original checkpoint in floating point"
+            f"{origin}: {some(odd, 2)} are of {type(tensors[odd[0]]).__name__}, neither plain tensors nor "
+            "quantized by torchao: load the original checkpoint in floating point"
         )
     absent = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
     if absent:
@@ -154,6 +165,21 @@ def plain_tensors(source: nn.Module, origin: str) -> dict[str, Tensor]:
             "offloaded, or load it with weights"
         )
     return tensors
+
+
+def _check_quantized(parts: Mapping[str, list[Tensor]], dtype: torch.dtype | None, origin: str) -> None:
+    """Raise ``CheckpointError`` where quantized weights cannot be taken, or not in that dtype."""
+    for name, several in parts.items():
+        quantized = [part for part in several if is_quantized(part)]
+        if not quantized:
+            continue
+        check_dtype(name, quantized[0].dtype, dtype, origin)
+        if len(quantized) < len(several):
+            raise CheckpointError(
+                f"{origin}: of what is {name} here some weights are quantized and some are not: load the original "
+                "checkpoint and quantize it here"
+            )
+        check_alike(name, several, origin)
 
 
 def _one_device(tensors: Any, origin: str) -> torch.device:
@@ -192,9 +218,9 @@ def return_freed_memory() -> None:
 
 
 def _check_upstream_values(tensors: Mapping[str, Tensor], layout: Mapping[str, Slot], origin: str) -> None:
-    bad = [name for name in layout if not tensors[name].isfinite().all()]
+    bad = [name for name in layout if not finite(tensors[name])]
     if bad:
         raise CheckpointError(f"{origin}: {len(bad)} tensors hold infinite or NaN weights: {some(bad)}")
 
 
-__all__ = ["adopt", "model_config", "return_freed_memory", "split_ours"]
+__all__ = ["adopt", "check_ours", "model_config", "plain_tensors", "return_freed_memory"]

@@ -3,7 +3,9 @@
 New files are written beside the old ones under hidden names, synced, and then put in place in an order in which every
 step leaves the directory readable as the old checkpoint or as the new one: what readers go by (the index where there is
 one, else the single file) changes in one rename. Only the configuration is a file of its own; where it changes too,
-the instant between its rename and that of the weights is the one in which they disagree, which loading reports.
+the instant between its rename and that of the weights is the one in which they disagree, which loading reports. (Where
+only whether the weights are quantized changes, there is no such instant: they know that themselves, and for diffusers
+the configuration is replaced first where they will be, last where they were.)
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cogx_fast.config import TransformerConfig
 from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.weights.errors import CheckpointError
-from cogx_fast.weights.layout import by_our_name, slots
-from cogx_fast.weights.live import model_config, plain_tensors, split_ours
-from cogx_fast.weights.sources import CONFIG_NAME, STEM, index_name, read_index, shard_name, weights_name
-from cogx_fast.weights.writing import sync_directory, write_json, write_tensors
+from cogx_fast.weights.live import check_ours, model_config, plain_tensors
+from cogx_fast.weights.quantized import flatten, recipe_text
+from cogx_fast.weights.sources import CONFIG_NAME, STEM, index_name, read_index, recipe_name, shard_name, weights_name
+from cogx_fast.weights.writing import sync_directory, write_json, write_tensors, write_text
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _HIDDEN = ".cogx-fast-save-"
 """Begins the name of every file that is not yet in place; what a killed save left is removed by the next one."""
+RECIPE_HEADER = "# The recipe that the weights beside it were quantized with. What is read is their own copy of it.\n\n"
 
 
 def save_checkpoint(
@@ -43,9 +45,11 @@ def save_checkpoint(
 
     Names, shapes, dtypes and values are those of diffusers' model, bit for bit. Within a file, tensors that are one in
     this package's model stand next to each other (their order is free in the format), so that ``load`` can map them.
+    Quantized weights are written in torchao's flattened layout, which diffusers' quantizer for torchao reads
+    (``weights.quantized``), with the recipe in every file and, for people, in a ``recipe.toml``.
 
     Args:
-        model: with the weights it was loaded with or trained to; not quantized, baked or adapted.
+        model: with the weights it was loaded with or trained to, quantized or not; not baked or adapted.
         directory: made if it is not there. An earlier save of the same variant is replaced, other files are left.
         max_shard_size: bytes in a file, a number or e.g. "5GB"; more go to further files, with an index.
         variant: the ``<variant>`` in ``diffusion_pytorch_model.<variant>.safetensors``.
@@ -61,20 +65,25 @@ def save_checkpoint(
         raise CheckpointError(f"variant is {variant!r}, expected a word of letters, digits, '_' or '-', or None")
     origin = f"the {type(model).__name__} to save"
     config = model_config(model)
-    tensors = split_ours(plain_tensors(model, origin), config, origin)
-    shards = _split(tensors, _order(tensors, config), _bytes(max_shard_size))
+    ours = plain_tensors(model, origin)
+    check_ours(ours, config, origin)
+    recipe = recipe_text(model)
+    tensors, metadata, about = flatten({name: t.detach() for name, t in ours.items()}, config, recipe, origin)
+    shards = _split(tensors, _bytes(max_shard_size))
     target.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     saving = _Saving(target, variant, len(shards))
     try:
-        write_json(saving.hidden(CONFIG_NAME), config.to_dict())
+        write_json(saving.hidden(CONFIG_NAME), config.to_dict() | about)
+        if recipe is not None:
+            write_text(saving.hidden(saving.recipe), RECIPE_HEADER + recipe)
         for name, shard in zip(saving.names, shards, strict=True):
-            write_tensors(saving.hidden(name), {key: tensors[key] for key in shard})
+            write_tensors(saving.hidden(name), {key: tensors[key] for key in shard}, metadata)
         sync_directory(target)
     except BaseException:
         saving.forget()
         raise
-    saving.put_in_place(shards, sum(tensor.nbytes for tensor in tensors.values()))
+    saving.put_in_place(shards, sum(tensor.nbytes for tensor in tensors.values()), quantized=bool(about))
 
 
 class _Saving:
@@ -83,6 +92,7 @@ class _Saving:
     def __init__(self, directory: Path, variant: str | None, count: int) -> None:
         self.directory = directory
         self.index = directory / index_name(variant)
+        self.recipe = recipe_name(variant)
         self.variant = variant
         self.names = (
             [weights_name(variant)]
@@ -98,8 +108,11 @@ class _Saving:
         for path in self.directory.glob(f"{_HIDDEN}{self._token}-*"):
             path.unlink(missing_ok=True)
 
-    def put_in_place(self, shards: list[list[str]], total_bytes: int) -> None:
+    def put_in_place(self, shards: list[list[str]], total_bytes: int, *, quantized: bool) -> None:
         """From both checkpoints on disk, the old one in force, to the new one alone."""
+        if quantized:  # a configuration that says so is no harm to plain weights; the other way round it is
+            os.replace(self.hidden(CONFIG_NAME), self.directory / CONFIG_NAME)
+            sync_directory(self.directory)
         if len(self.names) == 1:
             os.replace(self.hidden(self.names[0]), self.directory / self.names[0])
             self.index.unlink(missing_ok=True)  # readers go by an index where there is one: the change, if there was
@@ -109,7 +122,12 @@ class _Saving:
             self._write_index(shards, self.names, total_bytes)
         else:
             self._replace_shards(shards, total_bytes)
-        os.replace(self.hidden(CONFIG_NAME), self.directory / CONFIG_NAME)
+        if not quantized:
+            os.replace(self.hidden(CONFIG_NAME), self.directory / CONFIG_NAME)
+        if self.hidden(self.recipe).exists():
+            os.replace(self.hidden(self.recipe), self.directory / self.recipe)
+        elif _is_ours(self.directory / self.recipe):
+            (self.directory / self.recipe).unlink()
         sync_directory(self.directory)
         for path in self._stale():
             path.unlink(missing_ok=True)
@@ -145,6 +163,15 @@ class _Saving:
         ]
 
 
+def _is_ours(recipe: Path) -> bool:
+    """Whether a recipe's file was written by a save, and not by the user."""
+    try:
+        with recipe.open("rb") as file:
+            return file.read(len(RECIPE_HEADER)) == RECIPE_HEADER.encode()
+    except OSError:
+        return False
+
+
 def _remove_leftovers(directory: Path) -> None:
     """Remove what a killed save left, unless an index goes by it (a save that was killed on its last steps)."""
     in_force: set[str] = set()
@@ -156,16 +183,11 @@ def _remove_leftovers(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _order(tensors: Mapping[str, Tensor], config: TransformerConfig) -> list[str]:
-    """Wider dtypes first, which keeps every tensor aligned, and rows of one tensor of ours next to each other."""
-    names = [slot.name for group in by_our_name(slots(config)).values() for slot in group]
-    return sorted(names, key=lambda name: -tensors[name].element_size())
-
-
-def _split(tensors: Mapping[str, Tensor], names: list[str], most: int) -> list[list[str]]:
+def _split(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
+    """Names by shard: wider dtypes first, which keeps every tensor aligned, else in the order given."""
     shards: list[list[str]] = []
     size = math.inf
-    for name in names:
+    for name in sorted(tensors, key=lambda name: -tensors[name].element_size()):
         if size + tensors[name].nbytes > most:
             shards.append([])
             size = 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from cogx_fast.config import HUB_IDS, PRESETS, TransformerConfig
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError, some
-from cogx_fast.weights.headers import Stored, read_header
+from cogx_fast.weights.headers import Stored, read_header, read_metadata
 
 STEM = "diffusion_pytorch_model"
 CONFIG_NAME = "config.json"
@@ -37,6 +37,11 @@ def index_name(variant: str | None) -> str:
     return f"{STEM}.safetensors.index.{variant + '.' if variant else ''}json"
 
 
+def recipe_name(variant: str | None) -> str:
+    """Name of the file that holds a copy of the recipe of quantized weights."""
+    return f"recipe.{variant}.toml" if variant else "recipe.toml"
+
+
 def _stem(variant: str | None) -> str:
     return f"{STEM}.{variant}" if variant else STEM
 
@@ -58,6 +63,10 @@ class Source:
         if self.weights.suffix == ".json":
             return _read_shards(self.weights)
         return read_header(self.weights)
+
+    def metadata(self, stored: Mapping[str, Stored]) -> list[dict[str, str]]:
+        """The free text in the header of each of the files that hold these tensors."""
+        return [read_metadata(path) for path in sorted({tensor.path for tensor in stored.values()})]
 
 
 def resolve(
@@ -216,6 +225,7 @@ __all__ = [
     "find_weights",
     "index_name",
     "read_config",
+    "recipe_name",
     "resolve",
     "shard_name",
     "weights_name",

@@ -14,9 +14,9 @@ from torch import Tensor
 from cogx_fast.weights.headers import NAMES, read_header
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors in their order; besides them only one at a time is held, where it is not in main memory."""
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     begin = 0
     for name, tensor in tensors.items():
         end = begin + tensor.nbytes
@@ -35,8 +35,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping, readable, with sorted keys."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text."""
     with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        file.write(text)
         _sync(file)
 
 
@@ -56,4 +61,4 @@ def _sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-__all__ = ["sync_directory", "write_json", "write_tensors"]
+__all__ = ["sync_directory", "write_json", "write_tensors", "write_text"]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.weights.layout import slots
+from quant import storage
+from tests.quant.support import assert_same_weight
 from tests.support import upstream
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -43,6 +45,17 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(*(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+def assert_same_model(one: nn.Module, other: nn.Module) -> None:
+    """Every tensor bit for bit, the quantized ones with all that they are made of."""
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        if storage.is_quantized(tensor):
+            assert_same_weight(second[name], tensor)
+        else:
+            assert same_bits(tensor, second[name]), name
 
 
 def from_upstream(directory: Path, **options: Any) -> Any:

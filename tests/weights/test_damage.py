@@ -7,16 +7,29 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cogx_fast
+import quant
 from cogx_fast.config import ConfigError
 from cogx_fast.weights.errors import CheckpointError
-from tests.support import small
-from tests.weights.support import INDEX, WEIGHTS, diffusers_view, same_bits, save_upstream
+from tests.support import small, upstream
+from tests.weights.support import INDEX, WEIGHTS, assert_same_model, diffusers_view, same_bits, save_upstream
 
 Damage = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """(directory with a single file, directory with shards, model), quantized"""
+    single, shards = tmp_path_factory.mktemp("quantized"), tmp_path_factory.mktemp("quantized shards")
+    model = cogx_fast.load(upstream(small("5b", num_attention_heads=1)), dtype="bf16")
+    quant.quantize(model, "int8-dynamic")
+    model.save_pretrained(single)
+    model.save_pretrained(shards, max_shard_size="60KB")
+    return single, shards, model
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +183,55 @@ def test_shards(damage, whole, tmp_path):
     check(damage, whole[1], whole[2], tmp_path)
 
 
+def on_the_metadata() -> Iterator[tuple[str, Damage]]:
+    """The header of a quantized file is larger, and half of it are descriptions: more flips, of every bit in turn."""
+    for seed in range(60, 180):
+        yield f"flip header {seed}", flip_header(seed)
+    for old, new in [
+        (b"PerRow", b"PerRaw"), (b"SYMMETRIC", b"ASYMETRIC"), (b"[1, 64]", b"[1, 32]"),
+        (b'\\"dim\\": -1', b'\\"dim\\": -2'), (b'\\"reduce_range\\": false', b'\\"reduce_range\\": 10000'),
+        (b"bfloat16", b"float128"), (b"Int8Tensor", b"Int4Tensor"), (b"quant.format", b"quant.farmat"),
+        (b'"quant.format":"1"', b'"quant.format":"2"'), (b"quant.sha256", b"quant.sha255"), (b'"I8"', b'"U8"'),
+        (b"tensor_names", b"tensor-names"), (b"to_q._weight_scale", b"to_k._weight_scale"), (b"scheme", b"schema"),
+    ]:  # fmt: skip
+        yield f"{old!r} is {new!r}", replace(old, new)
+
+
+def replace(old: bytes, new: bytes) -> Damage:
+    """Replace some text of the header, all of it, by as much."""
+    assert len(old) == len(new)
+
+    def damage(directory: Path) -> None:
+        data = (directory / WEIGHTS).read_bytes()
+        assert old in data
+        (directory / WEIGHTS).write_bytes(data.replace(old, new))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage", [pytest.param(d, id=name) for name, d in [*on_the_single_file(), *on_the_metadata()]]
+)
+def test_quantized_file(damage, quantized, tmp_path):
+    check_quantized(damage, quantized[0], quantized[2], tmp_path)
+
+
+@pytest.mark.parametrize("damage", [pytest.param(d, id=name) for name, d in on_the_shards()])
+def test_quantized_shards(damage, quantized, tmp_path):
+    check_quantized(damage, quantized[1], quantized[2], tmp_path)
+
+
+def check_quantized(damage: Damage, source: Path, model: Any, tmp_path: Path) -> None:
+    directory = shutil.copytree(source, tmp_path / "copy")
+    damage(directory)
+    try:
+        loaded = cogx_fast.load(directory)
+    except (CheckpointError, ConfigError) as error:
+        assert len(str(error)) > 40  # noqa: PT017
+    else:
+        assert_same_model(loaded, model)
+
+
 def check(damage: Damage, source: Path, state: dict, tmp_path: Path) -> None:
     directory = shutil.copytree(source, tmp_path / "copy")
     damage(directory)
@@ -187,3 +249,4 @@ def check(damage: Damage, source: Path, state: dict, tmp_path: Path) -> None:
 
 def test_there_are_enough():
     assert len([*on_the_single_file(), *on_the_shards()]) >= 120
+    assert len([*on_the_metadata()]) >= 120

@@ -133,9 +133,10 @@ def test_refused_source_is_left_as_it_was():
     assert {key: source.state_dict()[key].data_ptr() for key in pointers} == pointers
 
 
-def test_quantized_weights_are_refused():
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+def test_foreign_tensors_are_refused():
+    class Distributed(torch.Tensor):
+        pass
 
     source = upstream(small("5b"))
-    quantize_(source, Int8WeightOnlyConfig(), filter_fn=lambda module, _: isinstance(module, nn.Linear))
-    refused(source, "not plain tensors")
+    source.proj_out.weight = nn.Parameter(source.proj_out.weight.detach().as_subclass(Distributed))
+    refused(source, "Distributed, neither plain tensors nor")

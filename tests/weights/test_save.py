@@ -13,10 +13,19 @@ from safetensors import safe_open
 from torch import nn
 
 import cogx_fast
+import quant
 from cogx_fast.weights import save, writing
 from cogx_fast.weights.errors import CheckpointError
 from tests.support import RELEASED, inputs, pipeline_rotary, relative_error, small, upstream
-from tests.weights.support import INDEX, WEIGHTS, assert_same_bits, diffusers_view, from_upstream, save_upstream
+from tests.weights.support import (
+    INDEX,
+    WEIGHTS,
+    assert_same_bits,
+    assert_same_model,
+    diffusers_view,
+    from_upstream,
+    save_upstream,
+)
 
 CONFIG = small("5b", num_attention_heads=1, num_layers=1)
 
@@ -172,7 +181,17 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 STAGES = {"one file": {}, "shards": {"max_shard_size": "150KB"}, "other shards": {"max_shard_size": "250KB"}}
-STEPS = [(os, "fsync"), (os, "replace"), (os, "link"), (os, "unlink"), (save, "write_tensors"), (save, "write_json")]
+STEPS = [
+    (os, "fsync"), (os, "replace"), (os, "link"), (os, "unlink"),
+    (save, "write_tensors"), (save, "write_json"), (save, "write_text"),
+]  # fmt: skip
+QUANTIZED = {  # what the old model and the new one are, stored how
+    "quantized": (True, False, {}, {}),
+    "to quantized": (False, True, {}, {}),
+    "to quantized shards": (False, True, {"max_shard_size": "150KB"}, {"max_shard_size": "80KB"}),
+    "from quantized shards": (True, False, {"max_shard_size": "80KB"}, {"max_shard_size": "150KB"}),
+    "quantized shards to others": (True, True, {"max_shard_size": "80KB"}, {"max_shard_size": "60KB"}),
+}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child process that can be killed is needed")
@@ -201,6 +220,39 @@ def test_killed_at_every_step(before, after, links, tmp_path):
         old.save_pretrained(directory, **STAGES[after])  # the next save cleans up
         assert not [name for name in files(directory) if name.startswith(".")]
         assert_same_bits(diffusers_view(cogx_fast.load(directory)), expected[0])
+        shutil.rmtree(directory)
+        if finished:
+            break
+    assert finished
+    assert step > 5
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a child process that can be killed is needed")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_killed_at_every_step_between_quantized_and_not(case, tmp_path):
+    """As above: for us and for diffusers it is the old checkpoint or the new one."""
+    *which, before, after = QUANTIZED[case]
+    models = [cogx_fast.load(upstream(CONFIG, seed=seed), dtype="bf16") for seed in (1, 2)]
+    for model, quantizes in zip(models, which, strict=True):
+        if quantizes:
+            quant.quantize(model, "int8-weight-only")
+    models[0].save_pretrained(tmp_path / "old", **before)
+    seen = []
+    for step in range(200):
+        directory = shutil.copytree(tmp_path / "old", tmp_path / "killed")
+        finished = save_and_be_killed(models[1], directory, step, True, after)
+        loaded = cogx_fast.load(directory)
+        seen.append([torch.equal(loaded.proj_out.weight, one.proj_out.weight) for one in models].index(True))
+        assert_same_model(loaded, models[seen[-1]])
+        if step % 2 == 0:
+            theirs = from_upstream(directory, torch_dtype=torch.bfloat16)
+            assert_same_model(cogx_fast.load(theirs), models[seen[-1]])
+        models[0].save_pretrained(directory, **after)
+        assert not [name for name in files(directory) if name.startswith(".")]
+        assert ("recipe.toml" in files(directory)) == which[0]
         shutil.rmtree(directory)
         if finished:
             break
@@ -258,7 +310,7 @@ def test_killed_in_the_middle_of_a_write(tmp_path):
                     yield tensor
 
         from cogx_fast.weights import save
-        save.write_tensors = lambda path, tensors: writing.write_tensors(path, Killing(tensors))
+        save.write_tensors = lambda path, tensors, more: writing.write_tensors(path, Killing(tensors), more)
         cogx_fast.load(sys.argv[1]).save_pretrained(sys.argv[1])
         """)
     )

@@ -1,0 +1,433 @@
+"""Quantized checkpoints: written, read back bit for bit, read by diffusers, shared between live models, refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import cogx_fast
+import quant
+from cogx_fast.weights.errors import CheckpointError
+from quant import storage
+from tests.quant.support import assert_same_weight
+from tests.support import inputs, pipeline_rotary, relative_error, small, upstream
+from tests.weights.support import INDEX, WEIGHTS, assert_same_model, from_upstream
+
+RECIPES = ["int8-weight-only", "int8-dynamic", "fp8-weight-only", "fp8-dynamic", "fp8-dynamic-tensor", "int4-unpacked"]
+LINEARS = ("to_qkv", "to_out.0", "net.0.proj", "net.2", "modulation.linear")
+
+
+def quantized(recipe: str, config: Any = None, dtype: str = "bf16") -> Any:
+    """A small model, quantized; where the recipe needs a GPU, by making torchao's tensors by hand."""
+    # A matrix of 128 × 128 with one scale is one of blocks of 128 × 128 to torchao, which then fails: three heads.
+    config = config or small("5b", num_attention_heads=3 if recipe == "fp8-dynamic-tensor" else 2)
+    model = cogx_fast.load(upstream(config), dtype=dtype)
+    if recipe in quant.recipe_names() and not recipe.startswith("fp8-dynamic"):
+        quant.quantize(model, recipe)
+        return model
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(LINEARS):
+            module.weight = nn.Parameter(by_hand(recipe, module.weight), requires_grad=False)
+    if recipe in quant.recipe_names():
+        from quant.apply import remember
+
+        remember(model, quant.load_recipe(recipe))
+    return model
+
+
+def by_hand(recipe: str, weight: torch.Tensor) -> torch.Tensor:
+    from torchao.float8.inference import Float8MMConfig
+    from torchao.quantization import Float8Tensor, IntxUnpackedToInt8Tensor, PerRow, PerTensor
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+    if recipe == "int4-unpacked":
+        return IntxUnpackedToInt8Tensor.from_hp(weight.detach(), block_size=[1, 16], target_dtype=torch.int4)
+    granularity = PerTensor() if recipe.endswith("tensor") else PerRow()
+    fast = Float8MMConfig(use_fast_accum=True)
+    activation = QuantizeTensorToFloat8Kwargs(granularity=granularity, mm_config=fast, hp_value_lb=1e-12)
+    return Float8Tensor.from_hp(weight.detach(), granularity=granularity, mm_config=fast, act_quant_kwargs=activation)
+
+
+def call(model: Any, config: Any) -> torch.Tensor:
+    arguments = inputs(config, dtype=model.proj_out.weight.dtype)
+    arguments["image_rotary_emb"] = pipeline_rotary(config, arguments["hidden_states"])
+    with torch.no_grad():
+        return model(**arguments, return_dict=False)[0]
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """An int8 model and where it is saved. Not to be changed."""
+    model, directory = quantized("int8-weight-only"), tmp_path_factory.mktemp("int8")
+    model.save_pretrained(directory)
+    return model, directory
+
+
+# ---------------------------------------------------------------------------------------------------------- round trip
+
+
+@pytest.mark.parametrize("shard", ["10GB", "150KB", 1])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_round_trip_is_bit_exact(recipe, shard, tmp_path):
+    model = quantized(recipe)
+    assert storage.is_quantized(model.modulation.linear.weight) or recipe == "int8-dynamic"
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / INDEX).exists() == (shard != "10GB")
+    restored = cogx_fast.load(tmp_path)
+    assert_same_model(restored, model)
+    assert torch.equal(call(restored, model.config), call(model, model.config))
+    known = quant.recipe_of(model)
+    assert quant.recipe_of(restored) == known
+    assert (tmp_path / "recipe.toml").exists() == (known is not None)
+    if known is not None:
+        assert quant.load_recipe(tmp_path / "recipe.toml") == known
+
+
+@pytest.mark.parametrize("name", ["2b", "5b-i2v", "1.5-5b-i2v"])
+def test_round_trip_of_the_other_models(name, tmp_path):
+    model = quantized("int8-weight-only", small(name))
+    model.save_pretrained(tmp_path)
+    restored = cogx_fast.load(tmp_path)
+    assert_same_model(restored, model)
+    assert torch.equal(call(restored, model.config), call(model, model.config))
+
+
+def test_of_a_quantized_patch_projection(tmp_path):
+    """A matrix here and a convolution in diffusers, which cannot hold it."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = cogx_fast.load(upstream(small("5b")), dtype="bf16")
+    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False), filter_fn=lambda _, name: name.endswith(".proj"))
+    assert storage.is_quantized(model.patch_embed.proj.weight)
+    model.save_pretrained(tmp_path)
+    assert_same_model(cogx_fast.load(tmp_path), model)
+
+
+def test_everything_is_mapped(int8, monkeypatch):
+    from cogx_fast.weights import checkpoint
+
+    read = []
+    monkeypatch.setattr(checkpoint, "read", read.append)
+    cogx_fast.load(int8[1])
+    assert read == [[]]
+
+
+def test_nothing_is_pickled(tmp_path, monkeypatch):
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("pickle")
+
+    model = quantized("int8-weight-only")
+    for owner, name in [(pickle, "dump"), (pickle, "dumps"), (pickle, "load"), (pickle, "loads"), (torch, "load"),
+                        (torch, "save"), (pickle, "Pickler"), (pickle, "Unpickler")]:  # fmt: skip
+        monkeypatch.setattr(owner, name, never)
+    model.save_pretrained(tmp_path)
+    cogx_fast.load(tmp_path)
+
+
+def test_format(int8):
+    model, directory = int8
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", WEIGHTS, "recipe.toml"]
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        metadata, names = file.metadata(), set(file.keys())
+    assert metadata["quant.torchao"] == storage.torchao_version()
+    assert quant.recipe.parse_recipe(metadata["quant.recipe"]) == quant.recipe_of(model)
+    assert "transformer_blocks.0.attn1.to_q._weight_qdata" in names
+    assert "transformer_blocks.0.norm1.linear._weight_scale" in names
+    about = json.loads((directory / "config.json").read_text())["quantization_config"]
+    assert about["quant_method"] == "torchao"
+    assert about["quant_type"]["default"]["_type"] == "Int8WeightOnlyConfig"
+    assert about["quant_type"]["default"]["_data"]["set_inductor_config"] is False
+
+
+def test_the_copy_of_the_recipe_comes_and_goes_with_quantized_weights(tmp_path):
+    model = cogx_fast.load(upstream(small("5b")), dtype="bf16")
+    quantized("int8-weight-only").save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "recipe.toml").exists()
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "recipe.toml").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "recipe.toml").read_text() == "mine"
+    quantized("int8-weight-only").save_pretrained(tmp_path, variant="int8")
+    assert (tmp_path / "recipe.toml").read_text() == "mine"
+    assert quant.load_recipe(tmp_path / "recipe.int8.toml").name == "int8-weight-only"
+    assert quant.recipe_of(cogx_fast.load(tmp_path, variant="int8")).name == "int8-weight-only"
+    assert quant.recipe_of(cogx_fast.load(tmp_path)) is None
+
+
+def test_the_weights_know_themselves_what_they_are(int8, tmp_path):
+    model, directory = int8
+    shutil.copy(directory / WEIGHTS, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    assert_same_model(cogx_fast.load(tmp_path), model)
+    cogx_fast.load(upstream(small("5b"))).save_pretrained(tmp_path / "plain")
+    shutil.copy(directory / "config.json", tmp_path / "plain")
+    assert type(cogx_fast.load(tmp_path / "plain").proj_out.weight) is nn.Parameter
+
+
+# ----------------------------------------------------------------------------------------------------------- diffusers
+
+
+@pytest.mark.parametrize("shard", ["10GB", "150KB"])
+@pytest.mark.parametrize("recipe", RECIPES[:-1])
+def test_unmodified_diffusers_reads_it(recipe, shard, tmp_path):
+    model = quantized(recipe, dtype="fp32" if recipe == "int8-weight-only" else "bf16")
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    theirs = from_upstream(tmp_path, torch_dtype=model.dtype)
+    whole = storage.flatten(model.transformer_blocks[1].attn1.to_qkv.weight)
+    dim = model.config.inner_dim
+    for row, name in enumerate(("to_q", "to_k", "to_v")):
+        piece = whole.rows(row * dim, dim)
+        weight = getattr(theirs.transformer_blocks[1].attn1, name).weight
+        assert_same_weight(weight, storage.restore("to.weight", piece.parts, WRITTEN, piece.description))
+    error = relative_error(call(theirs, model.config), call(model, model.config))
+    assert error < (1e-5 if model.dtype == torch.float32 else 0.02)
+
+
+WRITTEN = storage.Written(descriptions={}, recipe=None, torchao=None)
+
+
+@pytest.mark.parametrize("shard", ["10GB", "150KB"])
+def test_what_diffusers_quantized_and_saved_is_read(shard, tmp_path):
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    config = small("5b")
+    cogx_fast.load(upstream(config)).save_pretrained(tmp_path / "plain")
+    theirs = from_upstream(
+        tmp_path / "plain", quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), torch_dtype=torch.bfloat16
+    )
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
+    model = cogx_fast.load(tmp_path / "theirs")
+    assert storage.is_quantized(model.transformer_blocks[0].attn1.to_qkv.weight)
+    assert quant.recipe_of(model) is None
+    assert relative_error(call(model, config), call(theirs, config)) < 0.02
+    model.save_pretrained(tmp_path / "ours")
+    assert_same_model(cogx_fast.load(tmp_path / "ours"), model)
+
+
+# --------------------------------------------------------------------------------------------------------- live models
+
+
+def test_a_live_one_is_shared():
+    model = quantized("int8-dynamic")
+    other = cogx_fast.load(model, attention="flex")
+    assert_same_model(other, model)
+    for name, tensor in model.state_dict().items():
+        if storage.is_quantized(tensor):
+            assert other.state_dict()[name].qdata.data_ptr() == tensor.qdata.data_ptr()
+    assert quant.recipe_of(other) == quant.recipe_of(model)
+
+
+@pytest.mark.parametrize("recipe", ["int8-weight-only", "fp8-dynamic-tensor"])
+def test_a_live_one_of_diffusers_is_joined_and_keeps_working(recipe, tmp_path):
+    model = quantized(recipe)
+    model.save_pretrained(tmp_path)
+    theirs = from_upstream(tmp_path, torch_dtype=torch.bfloat16)
+    before = call(theirs, model.config)
+    joined = cogx_fast.load(theirs)
+    assert_same_model(joined, model)
+    assert torch.equal(call(theirs, model.config), before)
+    ours = joined.transformer_blocks[0].attn1
+    upstreams = theirs.transformer_blocks[0].attn1
+    assert upstreams.to_q.weight.qdata.data_ptr() == ours.to_qkv.weight.qdata.data_ptr()
+    assert upstreams.to_out[0].weight.qdata.data_ptr() == ours.to_out[0].weight.qdata.data_ptr()
+
+
+def test_a_pipeline_keeps_its_quantized_transformer(tmp_path):
+    from diffusers import CogVideoXPipeline
+
+    from cogx_fast.assets import tiny_pipeline_dir
+
+    model = cogx_fast.load("tiny", dtype="bf16")
+    quant.quantize(model, "int8-weight-only")
+    pipe = CogVideoXPipeline.from_pretrained(tiny_pipeline_dir(), transformer=model)
+    pipe.save_pretrained(tmp_path)
+    restored = cogx_fast.load(tmp_path)
+    assert_same_model(restored, model)
+    assert quant.recipe_of(restored) == quant.recipe_of(model)
+    theirs = CogVideoXPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert storage.is_quantized(theirs.transformer.transformer_blocks[0].attn1.to_q.weight)
+    assert_same_model(cogx_fast.accelerate(theirs).transformer, model)
+
+
+# ------------------------------------------------------------------------------------------------------------- refused
+
+
+def refused(words: str, source: Any, **options: Any) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        cogx_fast.load(source, **options)
+
+
+def test_dtype(int8):
+    model = int8[0]
+    for source in int8:
+        refused(r"dtype=torch.float32.*quantized from torch.bfloat16", source, dtype="fp32")
+        assert_same_model(cogx_fast.load(source, dtype="bf16"), model)
+
+
+@pytest.mark.parametrize("recipe", ["int8-weight-only", "fp8-weight-only"])
+def test_check_finite(recipe, tmp_path):
+    model = quantized(recipe)
+    model.save_pretrained(tmp_path)
+    cogx_fast.load(tmp_path, check_finite=True)
+    model.transformer_blocks[1].ff.net[2].weight.scale[3] = float("nan")
+    refused(r"infinite or NaN weights: transformer_blocks.1.ff.net.2.weight", model, check_finite=True)
+    model.save_pretrained(tmp_path)
+    cogx_fast.load(tmp_path)
+    refused(r"infinite or NaN weights: transformer_blocks.1.ff.net.2.weight", tmp_path, check_finite=True)
+
+
+def rewrite(directory: Path, change: Any) -> None:
+    """Change tensors and metadata of a file, with a checksum that fits."""
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        metadata = {key: text for key, text in file.metadata().items() if key not in ("format", "quant.sha256")}
+    tensors = load_file(directory / WEIGHTS)
+    change(tensors, metadata)
+    save_file(tensors, directory / WEIGHTS, metadata | {"quant.sha256": storage._checksum(metadata), "format": "pt"})
+
+
+@pytest.fixture
+def changed(int8, tmp_path):
+    def change(how: Any) -> Path:
+        directory = shutil.copytree(int8[1], tmp_path / "changed")
+        rewrite(directory, how)
+        return directory
+
+    return change
+
+
+def test_another_torchao(changed, int8):
+    def older(tensors: dict, metadata: dict) -> None:
+        metadata["quant.torchao"] = "0.15.0"
+        for name in json.loads(metadata["tensor_names"]):
+            metadata[name] = metadata[name].replace('"reduce_range": false, ', "")
+
+    def newer(tensors: dict, metadata: dict) -> None:
+        metadata["quant.torchao"] = "9.1.0"
+        for name in json.loads(metadata["tensor_names"]):
+            metadata[name] = metadata[name].replace('"block_size"', '"block_shape"')
+
+    directory = changed(older)
+    assert_same_model(cogx_fast.load(directory), int8[0])
+    rewrite(directory, newer)
+    refused(rf"{WEIGHTS}: written by torchao 9.1.0, which the installed torchao {storage.torchao_version()}", directory)
+
+
+def test_a_part_is_missing(changed):
+    refused("parts of quantized weights are missing.*to_k._weight_scale", changed(
+        lambda tensors, _: tensors.pop("transformer_blocks.1.attn1.to_k._weight_scale")))  # fmt: skip
+
+
+def test_a_weight_is_missing(changed):
+    def without(tensors: dict, metadata: dict) -> None:
+        for part in ("qdata", "scale", "zero_point"):
+            del tensors[f"transformer_blocks.1.attn1.to_out.0._weight_{part}"]
+        name = "transformer_blocks.1.attn1.to_out.0.weight"
+        del metadata[name]
+        metadata["tensor_names"] = json.dumps([n for n in json.loads(metadata["tensor_names"]) if n != name])
+
+    refused("1 are missing: transformer_blocks.1.attn1.to_out.0.weight", changed(without))
+
+
+def test_one_of_three_is_not_quantized(changed):
+    def dequantized(tensors: dict, metadata: dict) -> None:
+        name = "transformer_blocks.1.attn1.to_k"
+        shape = tensors[f"{name}._weight_qdata"].shape
+        for part in ("qdata", "scale", "zero_point"):
+            del tensors[f"{name}._weight_{part}"]
+        tensors[f"{name}.weight"] = torch.zeros(shape, dtype=torch.bfloat16)
+        metadata[f"{name}.weight"] = '{"_type": "Tensor"}'
+
+    refused("to_k.weight are not, which are one weight here", changed(dequantized))
+
+
+def test_shapes_and_dtypes(changed):
+    def shorter(tensors: dict, _: Any) -> None:
+        name = "transformer_blocks.1.ff.net.2._weight_"
+        tensors.update(
+            {f"{name}{part}": tensors[f"{name}{part}"][:-1].clone() for part in ("qdata", "scale", "zero_point")}
+        )
+
+    refused(r"have another shape: transformer_blocks.1.ff.net.2.weight \(127, 512\)", changed(shorter))
+
+
+def test_scales_of_another_dtype(changed):
+    def integers(tensors: dict, _: Any) -> None:
+        name = "transformer_blocks.1.ff.net.2._weight_scale"
+        tensors[name] = tensors[name].int()
+
+    refused("its scale is torch.int32", changed(integers))
+
+
+def test_parts_quantized_apart(tmp_path):
+    """One scale for all rows cannot be three."""
+    model = quantized("fp8-dynamic-tensor")
+    model.save_pretrained(tmp_path)
+    theirs = from_upstream(tmp_path, torch_dtype=torch.bfloat16)
+    theirs.transformer_blocks[0].attn1.to_k.weight.scale = torch.ones(1, 1)
+    refused("a scale of its own", theirs)
+
+    def scaled(tensors: dict, _: Any) -> None:
+        tensors["transformer_blocks.0.attn1.to_k._weight_scale"] = torch.ones(1, 1)
+
+    rewrite(tmp_path, scaled)
+    refused("to_k._weight_scale.* differ", tmp_path)
+
+
+def test_shards_of_two_saves(tmp_path):
+    for recipe in ("fp8-weight-only", "fp8-dynamic"):
+        quantized(recipe).save_pretrained(tmp_path / recipe, max_shard_size="150KB")
+    shard = sorted((tmp_path / "fp8-dynamic").glob("*.safetensors"))[-1].name
+    assert (tmp_path / "fp8-weight-only" / shard).exists()
+    shutil.copy(tmp_path / "fp8-dynamic" / shard, tmp_path / "fp8-weight-only")
+    refused("its shards are not of one save", tmp_path / "fp8-weight-only")
+
+
+def test_other_libraries_weights(int8, tmp_path):
+    directory = shutil.copytree(int8[1], tmp_path / "copy")
+    content = json.loads((directory / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (directory / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"'bitsandbytes', only 'torchao'"):
+        cogx_fast.load(directory)
+
+
+# --------------------------------------------------------------------------------------------------------------- quant=
+
+
+def test_quant_of_what_is_quantized_already_is_its_own_or_refused(int8, tmp_path):
+    for source in int8:
+        assert_same_model(cogx_fast.load(source, quant="int8-weight-only"), int8[0])
+        refused(
+            "is quantized already, with 'int8-weight-only', and quant asks for 'int8-dynamic'",
+            source,
+            quant="int8-dynamic",
+        )
+    theirs = from_upstream(int8[1], torch_dtype=torch.bfloat16)  # knows no recipe
+    refused("with an unknown recipe", theirs, quant="int8-weight-only")
+
+
+def test_a_restored_dynamic_recipe_warns_as_a_new_one_does(tmp_path):
+    quantized("int8-dynamic").save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="'int8-dynamic' quantizes activations"):
+        cogx_fast.load(tmp_path)
+
+
+def test_emulations_are_not_stored(tmp_path):
+    model = cogx_fast.load(upstream(small("5b")), dtype="bf16")
+    quant.quantize(model, "fp8-dynamic-emulated")
+    with pytest.raises(CheckpointError, match="no safetensors format"):
+        model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    cogx_fast.load(model, check_finite=True)
