@@ -18,6 +18,7 @@ from typing import Any
 from cogx_fast.config import HUB_IDS, PRESETS, TransformerConfig
 from cogx_fast.costs import RELEASED_SPATIAL_FACTOR
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
+from cogx_fast.weights.quantized import describe
 from cogx_fast.weights.sources import Source, find_weights
 
 INDEX = "model_index.json"
@@ -113,7 +114,9 @@ def read_stored_weights(model: Model) -> StoredWeights | None:
     """
     if model.weights is None:
         return None
-    headers = Source(config=model.config, weights=model.weights).headers()
+    source = Source(config=model.config, weights=model.weights)
+    headers = source.headers()
+    quantized = describe(headers, source.metadata(headers), model.config, str(model.weights))
     dtypes: Counter[str] = Counter()
     for name, tensor in headers.items():
         if not name.endswith("pos_embedding"):  # a buffer
@@ -122,7 +125,7 @@ def read_stored_weights(model: Model) -> StoredWeights | None:
     return StoredWeights(
         files=len(files),
         bytes=sum(file.stat().st_size for file in files),
-        parameters=dtypes.total(),
+        parameters=quantized.parameters if quantized else dtypes.total(),
         dtypes=dict(dtypes.most_common()),
     )
 

@@ -209,8 +209,8 @@ def check_dtype(name: str, stored: torch.dtype, dtype: torch.dtype | None, origi
     """Raise ``CheckpointError`` where quantized weights are asked for in another dtype than they were made of."""
     if dtype is not None and dtype != stored:
         raise CheckpointError(
-            f"{origin}: dtype={dtype} is asked for, but {name} was quantized from {stored} and stays so: leave dtype "
-            "out, or load the original checkpoint in that dtype and quantize it"
+            f"{origin}: dtype={dtype} is asked for, but {name} was quantized from {stored} and answers in it: leave "
+            "dtype out (and call model.to(dtype) afterwards if its activations shall have another)"
         )
 
 

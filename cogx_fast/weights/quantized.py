@@ -7,6 +7,7 @@ cannot be parted by rows (packed int4) is stored whole under our name, for this 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,6 +139,11 @@ class Quantized:
     """Every tensor, the quantized ones as if they were not."""
     weights: dict[str, Weight]
     """The quantized tensors of ours, by our name."""
+
+    @property
+    def parameters(self) -> int:
+        """How many there are, as if nothing were quantized, without buffers."""
+        return sum(math.prod(shape) for name, (shape, _) in self.found.items() if not name.endswith("pos_embedding"))
 
 
 def describe(

@@ -431,3 +431,12 @@ def test_emulations_are_not_stored(tmp_path):
         model.save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []
     cogx_fast.load(model, check_finite=True)
+def test_info_counts_parameters_not_what_they_are_stored_as(int8):
+    from cogx_fast.locate import locate, read_stored_weights
+
+    model, directory = int8
+    stored = read_stored_weights(locate(str(directory)))
+    assert stored is not None
+    assert stored.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert next(iter(stored.dtypes)) == "I8"
+    assert stored.bytes < 1.3 * stored.parameters
