@@ -164,6 +164,10 @@ OTHER_VERSIONS = {
         "fp8-weight-only",
         {"kernel_preference": {"_type": "KernelPreference", "_data": "BEST"}},
     ),
+    "a form that is not known, which torchao lets through": (
+        "fp8-weight-only",
+        {"mm_config": {"_type": "PerTensor", "_data": "fast"}},
+    ),
     "a dtype that is not known": ("int8-weight-only", {"dtype": {"_type": "torch.dtype", "_data": "bfloat8"}}),
     "a dtype that is something else": ("int8-weight-only", {"dtype": {"_type": "torch.dtype", "_data": "save"}}),
     "a field that the class takes for another": ("int8-weight-only", {"dtype": "bfloat16"}),
