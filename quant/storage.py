@@ -316,6 +316,6 @@ def _checksum(entries: Mapping[str, str]) -> str:
 
 
 __all__ = [
-    "FORMAT", "Flat", "Written", "describe_for_diffusers", "flatten", "inner_tensors", "is_by_rows", "is_quantized", "join",
-    "pack", "part_name", "part_names", "restore", "torchao_version", "unpack",
+    "FORMAT", "Flat", "Written", "describe_for_diffusers", "flatten", "inner_tensors", "is_by_rows", "is_quantized",
+    "join", "pack", "part_name", "part_names", "restore", "torchao_version", "unpack",
 ]  # fmt: skip

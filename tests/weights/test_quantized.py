@@ -431,6 +431,8 @@ def test_emulations_are_not_stored(tmp_path):
         model.save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []
     cogx_fast.load(model, check_finite=True)
+
+
 def test_info_counts_parameters_not_what_they_are_stored_as(int8):
     from cogx_fast.locate import locate, read_stored_weights
 
