@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quant.errors import QuantError
 from quant.recipe import Recipe, load_recipe
-from quant.schemes import SCHEMES, torchao_config
+from quant.schemes import SCHEMES, Scheme, torchao_config
 
 if TYPE_CHECKING:
     from torchao.quantization import FqnToConfig
@@ -25,6 +25,7 @@ Shape = tuple[int, int]
 
 _UNNAMED = "no rule of the recipe names it"
 _RECIPE = "_quant_recipe"
+_VALUES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,27 +311,62 @@ def _runnable(scheme: str, linear: _Linear, *, nearest: bool) -> tuple[str | Non
 
 
 def _quantize_linear(fqn: str, linear: nn.Linear, choice: Choice, measure: bool) -> LinearReport:
-    from torchao.quantization import quantize_
-
     weight = linear.weight
     shape, before = (weight.shape[0], weight.shape[1]), weight.numel() * weight.element_size()
-    if choice.scheme is None:
-        return LinearReport(
-            fqn=fqn, shape=shape, scheme=None, reason=choice.reason, bytes_before=before, bytes_after=before,
-            sqnr_db=None,
-        )  # fmt: skip
-    scheme = SCHEMES[choice.scheme]
-    why = scheme.unmet(shape, weight.dtype, weight.device)
-    if why is not None:
-        raise QuantError(f"{fqn}: {choice.scheme} cannot be used: {why}")
-    quantize_(linear, torchao_config(choice.scheme), filter_fn=lambda *_: True)
-    if type(linear.weight) is nn.Parameter:
-        raise QuantError(f"{fqn}: torchao left this weight of {shape[0]} × {shape[1]} as it was: skip it in the recipe")
-    _mend_zero_rows(linear.weight)
+    after, sqnr_db = before, None
+    if choice.scheme is not None:
+        scheme = SCHEMES[choice.scheme]
+        why = scheme.unmet(shape, weight.dtype, weight.device)
+        if why is not None:
+            raise QuantError(f"{fqn}: {choice.scheme} cannot be used: {why}")
+        quantized, sqnr_db = _quantize_weight(weight.detach(), scheme, measure)
+        linear.weight = nn.Parameter(quantized, requires_grad=False)
+        after = sum(part.nbytes for part in _parts(quantized).values())
     return LinearReport(
-        fqn=fqn, shape=shape, scheme=choice.scheme, reason=None, bytes_before=before,
-        bytes_after=_stored_bytes(linear.weight), sqnr_db=_sqnr_db(weight, linear.weight) if measure else None,
+        fqn=fqn, shape=shape, scheme=choice.scheme, reason=choice.reason, bytes_before=before, bytes_after=after,
+        sqnr_db=sqnr_db,
     )  # fmt: skip
+
+
+def _quantize_weight(weight: Tensor, scheme: Scheme, measure: bool) -> tuple[Tensor, float | None]:
+    """The weight quantized by torchao, some rows at a time where that is the same, so that little is in fp32 at once.
+
+    Returns:
+        The weight, and its SQNR if measured.
+    """
+    config, signal, noise = torchao_config(scheme.name), 0.0, 0.0
+    outputs, inputs = weight.shape
+    rows_at_once = max(1, _VALUES_AT_ONCE // inputs) if scheme.by_rows else outputs
+    whole: dict[str, Tensor] = {}
+    piece: Any = None
+    for first in range(0, outputs, rows_at_once):
+        rows = weight[first : first + rows_at_once]
+        piece = _quantize_rows(rows, config)
+        if measure and hasattr(piece, "dequantize"):  # int4 is packed for its kernel only
+            signal += rows.double().square().sum().item()
+            noise += (rows.double() - piece.dequantize(torch.float32)).square().sum().item()
+        for name, part in _parts(piece).items():
+            if len(rows) == outputs:
+                whole[name] = part
+                continue
+            whole.setdefault(name, part.new_empty(outputs, *part.shape[1:]))[first : first + len(rows)] = part
+    sqnr_db = None
+    if measure and hasattr(piece, "dequantize"):
+        sqnr_db = 10 * math.log10(signal / noise) if noise else math.inf
+    attributes = piece.__tensor_flatten__()[1]
+    return type(piece).__tensor_unflatten__(whole, attributes, weight.shape, weight.stride()), sqnr_db
+
+
+def _quantize_rows(rows: Tensor, config: Any) -> Any:
+    from torchao.quantization import quantize_
+
+    holder = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+    holder.weight = nn.Parameter(rows, requires_grad=False)
+    quantize_(holder, config, filter_fn=lambda *_: True)
+    quantized = holder.weight.data
+    assert type(quantized) is not Tensor, f"torchao left {tuple(rows.shape)} as it was"  # unmet() knows what it takes
+    _mend_zero_rows(quantized)
+    return quantized
 
 
 def _mend_zero_rows(weight: Any) -> None:
@@ -341,15 +377,9 @@ def _mend_zero_rows(weight: Any) -> None:
         weight.scale.masked_fill_(zero, 1)
 
 
-def _stored_bytes(weight: Any) -> int:
-    return sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0])
-
-
-def _sqnr_db(weight: Tensor, quantized: Any) -> float | None:
-    if not hasattr(quantized, "dequantize"):  # int4 packed for its kernel
-        return None
-    noise = (weight.float() - quantized.dequantize(torch.float32)).norm()
-    return (20 * torch.log10(weight.float().norm() / noise)).item() if noise else math.inf
+def _parts(weight: Any) -> dict[str, Tensor]:
+    """The tensors that a quantized weight consists of."""
+    return {name: getattr(weight, name) for name in weight.__tensor_flatten__()[0]}
 
 
 def _others(names: list[str]) -> str:

@@ -31,6 +31,8 @@ class Scheme:
     """Both sizes of the weight must be multiples of it."""
     group: int = 1
     """The weight's inputs must be a multiple of it."""
+    by_rows: bool = True
+    """Each row has scales of its own, so a weight can be quantized some rows at a time, to the same values."""
     dtype: str | None = None
     """The dtype that the weights must have; None is any."""
     nearest: str | None = None
@@ -74,7 +76,7 @@ SCHEMES: dict[str, Scheme] = {
         Scheme(
             name="fp8-dynamic-tensor",
             description="fp8 (e4m3) weights and activations, one scale for each tensor; scaled fp8 matmul",
-            requires=_FP8_HARDWARE, nearest="int8-dynamic", **_FP8,  # type: ignore[arg-type]
+            requires=_FP8_HARDWARE, nearest="int8-dynamic", by_rows=False, **_FP8,  # type: ignore[arg-type]
         ),
         Scheme(
             name="fp8-dynamic" + EMULATED,
@@ -84,12 +86,12 @@ SCHEMES: dict[str, Scheme] = {
         Scheme(
             name="fp8-dynamic-tensor" + EMULATED,
             description="emulated: fp8-dynamic-tensor's rounding and scale, product in fp32; for quality figures only",
-            **_FP8,  # type: ignore[arg-type]
+            by_rows=False, **_FP8,  # type: ignore[arg-type]
         ),
         Scheme(
             name="int4-weight-only",
             description="int4 weights in groups of 128, torch's own packed layout and kernel",
-            weight_bits=4, group=128, dtype="bfloat16", nearest="int8-weight-only",
+            weight_bits=4, group=128, by_rows=False, dtype="bfloat16", nearest="int8-weight-only",
             requires=Requirement(device="cuda", compute_capability="8.0"),
         ),
     )

@@ -21,6 +21,7 @@ from cogx_fast.model.tables import Grid, join_rotary, rotary_tables, sincos_tabl
 from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
 from cogx_fast.runtime.choice import Choice
 from cogx_fast.runtime.plan import AttentionPlan, GridPlan
+from cogx_fast.runtime.quantized import follow_dtype
 
 if TYPE_CHECKING:
     from cogx_fast.runtime.explain import Explanation
@@ -129,6 +130,11 @@ class CogVideoXModel(CogVideoXTransformer):
 
     def _output(self, sample: Tensor) -> Any:
         return TransformerOutput(sample)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CogVideoXModel:
+        super()._apply(fn, recurse)
+        follow_dtype(self, fn)
+        return self
 
     # -- inputs -------------------------------------------------------------------------------------------------------
 

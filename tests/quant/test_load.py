@@ -65,6 +65,7 @@ def test_compiled_it_is_one_graph_and_says_what_eager_says(name, checkpoint):
     with watch_compilation() as stats:
         compiled_error = relative_error(run(model, arguments), exact)
         run(model, arguments | {"timestep": torch.tensor([3, 700])})
+        run(model.to("cpu").to(torch.bfloat16), arguments)  # as pipelines do
     assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
     assert compiled_error <= 1.05 * eager_error
     assert 0.001 < eager_error < 0.1
@@ -135,3 +136,18 @@ def test_a_pipeline_may_move_it(name):
     assert torch.equal(run(pipe.transformer, arguments), expected)
     assert torch.equal(run(copy.deepcopy(model), arguments), expected)
     assert isinstance(model.transformer_blocks[0].ff.net[2].weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("name", ["int8-weight-only", "int8-dynamic", "fp8-weight-only"])
+def test_a_change_of_dtype_reaches_quantized_weights(name):
+    torch.manual_seed(0)
+    model = CogVideoXModel(small("5b")).eval()
+    quant.quantize(model, name)
+    arguments = inputs(model.config)
+    expected = run(model, arguments)
+    half = {key: value.bfloat16() if value.is_floating_point() else value for key, value in arguments.items()}
+    out = run(model.to(torch.bfloat16), half)
+    assert out.dtype == model.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert relative_error(out, expected) < 0.02
+    assert relative_error(run(model.float(), arguments), expected) < 0.02
