@@ -23,7 +23,9 @@ def add(commands: Any) -> None:
         commands, "quantize", run, "quantize a transformer and write it",
         "Quantize a transformer with a recipe, say what became of every linear, and write the checkpoint.",
     )  # fmt: skip
-    command.add_argument("model", metavar="MODEL", help="a pipeline or transformer directory, a file, a hub id, or tiny")
+    command.add_argument(
+        "model", metavar="MODEL", help="a pipeline or transformer directory, a file, a hub id, or tiny"
+    )
     command.add_argument(
         "--recipe", required=True, help="a name that `cogx-fast recipes` lists, or the path of a .toml file"
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
 
 import quant
+from cogx_fast.model.transformer import CogVideoXTransformer
 from quant.recipe import SHIPPED, parse_recipe
 from quant.requirements import Requirement
 from quant.schemes import SCHEMES
+from tests.support import small
 
 GOOD = '''name = "mine"          # line 1
 description = """
@@ -126,6 +129,14 @@ def test_the_shipped_recipes_say_what_their_schemes_need():
         assert recipe.name == name
         requirements = {SCHEMES[scheme].requires for scheme in recipe.schemes} - {Requirement()}
         assert requirements <= {recipe.requires}, name
+
+
+def test_the_readmes_recipe_is_one():
+    readme = (SHIPPED.parents[1] / "README.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```toml\n(.*?)```", readme, flags=re.DOTALL)
+    planned = quant.plan(CogVideoXTransformer(small("5b")), parse_recipe(text))
+    assert planned.choices["transformer_blocks.1.ff.net.2"].scheme == "int8-weight-only"
+    assert planned.choices["transformer_blocks.1.attn1.to_qkv"].scheme == "int8-dynamic"
 
 
 def test_a_star_stands_for_one_part_of_a_name():
