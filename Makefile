@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type bench perf-check bench-compare train-tiny clean
+.PHONY: help setup demo test lint type bench perf-check bench-compare gpu-wheels train-tiny clean
 .DELETE_ON_ERROR:
 
 help: ## Show this help
@@ -43,6 +43,9 @@ perf-check: $(STAMP) ## Time ours against diffusers here, and fail where it beca
 
 bench-compare: $(STAMP) ## Time the working tree against a revision: make bench-compare BASE=main
 	@$(BIN)/python -W ignore -m benchmarks.compare $(or $(BASE),$(error name a revision: make bench-compare BASE=main)) $(ARGS)
+
+gpu-wheels: $(STAMP) ## Collect in .wheels what a GPU machine without a network lacks (benchmarks/gpu/session.sh uses it)
+	@$(BIN)/python -m benchmarks.gpu.wheels $(ARGS)
 
 train-tiny: $(STAMP) ## Train the tiny model from nothing, on a GPU or two cores (up to two hours); goes on where it was stopped
 	@$(BIN)/python -m benchmarks.tiny.train $(ARGS)
