@@ -101,6 +101,12 @@ def test_quantized_linears_move_less(scheme: str) -> None:
     assert after < before
 
 
+def test_every_recipe_that_is_shipped_has_a_scheme() -> None:
+    import quant
+
+    assert set(roofline.SCHEMES) == {roofline.UNQUANTIZED, *quant.recipe_names()}
+
+
 # --------------------------------------------------------------------------------------------------------------- times
 
 

@@ -25,7 +25,8 @@ FLEX_OPTIONS: dict[str, dict[str, int | bool]] = {
     "128x128-8w3s": {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
 }
 """Of flex-attention's template, those that do not spill (NOTES.md)."""
-SDPA_KERNELS = ("cudnn", "flash", "efficient")
+LAST = "sdpa-math"
+"""A reference that holds every score in memory: at the real sizes it may not fit."""
 PLANTS = ("failing", "hanging", "wrong")
 
 
@@ -43,7 +44,7 @@ class Case:
     owner: str = OURS
     """``ours``, ``diffusers``, or ``sage`` (diffusers with SageAttention in the place of SDPA)."""
     attention: str = ""
-    """Of ours: a backend. Of the kind "attention": the kernel."""
+    """Of ours: a backend. Of the kind "attention": the same, or "flex" and a name from ``FLEX_OPTIONS``."""
     quant: str = ""
     """Of ours: a recipe. Of a peer: "fp8-row" or "int8-dynamic", torchao's own."""
     scope: Literal["eager", "block", "model"] = "eager"
@@ -92,9 +93,7 @@ def _ceiling(name: str, quick: bool) -> Case:
 
 
 def _attention(model: str, quick: bool) -> Iterator[Case]:
-    for kernel in (*SDPA_KERNELS, *(f"flex {name}" for name in FLEX_OPTIONS)):
-        if quick and kernel not in ("flash", "flex default"):
-            continue
+    for kernel in (*attention_backends(), *(f"flex {name}" for name in FLEX_OPTIONS)):
         yield Case(
             name=f"attention/{model}/{kernel.replace(' ', '-')}", kind="attention", limit=90, model=model,
             attention=kernel, quick=quick,
@@ -116,20 +115,25 @@ def _steps(model: str, *, headline: bool, quick: bool, full: bool) -> list[Case]
             kind="step", limit=60 if quick else 240, model=model, layers=layers, owner=owner, quick=quick, **options,
         )  # fmt: skip
 
-    backends, recipes = attention_backends(), recipe_names()
-    exact, first = [case(OURS, ours, attention=name, scope="block") for name in backends], "sdpa"
+    recipes, first = recipe_names(), "sdpa"
+    by_backend = {name: case(OURS, ours if name in ("sdpa", "flex") else few, attention=name, scope="block")
+                  for name in attention_backends()}  # fmt: skip
+    main = [by_backend.pop(name) for name in (first, "flex")]
+    slowest = by_backend.pop(LAST)
     dynamic = [name for name in ("fp8-dynamic", "int8-dynamic") if name in recipes]
     rest = [] if quick else [name for name in recipes if name not in dynamic]
     found = [
-        *exact,
+        *main,
         case(DIFFUSERS, ours, scope="eager"),
         case(DIFFUSERS, compiled, scope="model"),
         *(case(OURS, ours, attention=first, scope="block", quant=name) for name in dynamic),
         *(case(DIFFUSERS, compiled, scope="model", quant=name) for name in ("fp8-row", "int8-dynamic")),
+        *by_backend.values(),
         case(OURS, few, attention=first, scope="model"),
-        dataclasses.replace(exact[0], name=f"{exact[0].name}/again"),
+        dataclasses.replace(main[0], name=f"{main[0].name}/again"),
         case(OURS, ours, attention=first, scope="eager"),
         *(case(OURS, few, attention=first, scope="block", quant=name) for name in rest),
+        slowest,
     ]
     if importlib.util.find_spec("sageattention") is not None:
         found.append(case("sage", ours, scope="eager"))
@@ -138,7 +142,7 @@ def _steps(model: str, *, headline: bool, quick: bool, full: bool) -> list[Case]
 
 def attention_backends() -> list[str]:
     """The names of every attention backend that ours has."""
-    from cogx_fast.model.attention import BACKENDS
+    from cogx_fast.model.backends import BACKENDS
 
     return list(BACKENDS)
 

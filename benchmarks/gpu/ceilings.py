@@ -9,17 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from benchmarks.gpu import models
 from benchmarks.gpu.cases import FLEX_OPTIONS, Case
+from cogx_fast.model.backends import BACKENDS
+from cogx_fast.model.masks import full_block_mask
 
-_KERNELS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 _REPEATS = 20
 
 
@@ -64,12 +60,7 @@ def attention(case: Case, device: torch.device) -> dict[str, Any]:
     shape = (models.BATCH, tokens, config.num_attention_heads, config.attention_head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=models.DTYPE).transpose(1, 2) for _ in range(3))
     kernel = _attention_kernel(case, device)
-    try:
-        out = kernel(q, k, v)
-    except RuntimeError as error:
-        if "No available kernel" in str(error):
-            raise models.UnsupportedError(f"{case.attention}: {error}") from error
-        raise
+    out = kernel(q, k, v)
     rows = min(tokens, 256)  # the first queries of one head, against all keys, in fp32
     with models.exact_fp32():
         plain = torch.softmax(q[0, 0, :rows].float() @ k[0, 0].float().T / config.attention_head_dim**0.5, -1)
@@ -82,23 +73,27 @@ def attention(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def _attention_kernel(case: Case, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A backend's own function, or flex-attention with some options of its template."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    from cogx_fast.model.masks import full_block_mask
-
     family, _, variant = case.attention.partition(" ")
-    if family != "flex":
+    backend = BACKENDS[family]
+    reason = backend.why_not(device, models.DTYPE, case.config.attention_head_dim)
+    if reason or (variant and device.type == "cpu"):
+        raise models.UnsupportedError(f"{case.attention}: {reason or 'the kernel for CPUs has no such options'}")
+    if backend.prepare is not None:
+        backend.prepare()
+    run: Any = backend.run
+    if variant:
+        options = FLEX_OPTIONS[variant]
 
-        def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(_KERNELS[family]):
-                return scaled_dot_product_attention(q, k, v)
+        def run(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
+            return flex_attention(q, k, v, block_mask=mask, kernel_options=options)
 
-        return plain
-    compiled: Any = torch.compile(flex_attention, fullgraph=True, backend="aot_eager" if case.quick else "inductor")
-    mask, options = full_block_mask(device), FLEX_OPTIONS[variant]
-    if device.type == "cpu":  # whose kernel has no such options, and forgets where a view begins
-        return lambda q, k, v: compiled(q, k, v.contiguous(), block_mask=mask)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=options)
+    mask = full_block_mask(device) if backend.masks is BlockMask else None
+    if backend.masks is BlockMask:  # eager, it would hold every score in memory
+        run = torch.compile(run, fullgraph=True, backend="aot_eager" if case.quick else "inductor")
+    return lambda q, k, v: run(q, k, v, mask)
 
 
 def _median_seconds(run: Callable[[], Any], device: torch.device) -> float:

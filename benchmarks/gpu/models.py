@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.cases import DIFFUSERS, OURS, Case
 from cogx_fast import bench, load
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.attention import BACKENDS
+from cogx_fast.model.backends import BACKENDS
 from cogx_fast.runtime.compile import CompileConfig
 
 DTYPE = torch.bfloat16
@@ -55,6 +55,9 @@ def prepare(case: Case, model: Any) -> Any:
         UnsupportedError: something that it needs is not here.
     """
     if case.owner == OURS:
+        reason = BACKENDS[case.attention].why_not(model.device, model.dtype, case.config.attention_head_dim)
+        if reason:
+            raise UnsupportedError(f"{case.attention}: {reason}")
         quant: dict[str, Any] = {"quant": case.quant} if case.quant else {}
         compile_config: Any = False
         if case.scope != "eager":

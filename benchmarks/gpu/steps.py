@@ -30,8 +30,6 @@ KINDS: dict[str, str] = {
 def time_layers(case: Case, layers: int, device: torch.device) -> dict[str, Any]:
     """A model of so many layers: seconds of a step, of the first call, peak memory and time by kind of kernel."""
     config = dataclasses.replace(case.config, num_layers=layers)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     model = models.prepare(case, models.upstream(config, models.DTYPE, device))
     arguments = models.arguments(case, models.DTYPE, device)
 
@@ -40,6 +38,8 @@ def time_layers(case: Case, layers: int, device: torch.device) -> dict[str, Any]
 
     first = _seconds(step, device)
     each = min(_seconds(step, device) for _ in range(_WARM_UP))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     number = 3 if case.quick else max(_LEAST, min(_MOST, int(_SECONDS / each)))
     times = [_seconds(step, device) for _ in range(number)]
     found = {

@@ -17,10 +17,10 @@ import torch
 from benchmarks.environment import ROOT
 from benchmarks.gpu import __main__ as battery
 from benchmarks.gpu import cases, pool, report, steps, wheels, worker
-from cogx_fast.model.attention import BACKENDS
+from cogx_fast.model.backends import BACKENDS
 from tests.conftest import run_cli
 
-ONLY = r"ceiling|planted|attention/tiny/flash|tiny/ours/sdpa/block$|tiny/diffusers/(eager|model|model/fp8-row)$"
+ONLY = r"ceiling|planted|attention/tiny/(sdpa|sdpa-cudnn)$|tiny/ours/sdpa/block$|tiny/diffusers/(eager|model|model/fp8-row)$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,9 @@ def test_a_failing_and_a_hanging_case_cost_only_themselves(ran: Ran) -> None:
     hanging = ran.results["planted/hanging"]
     assert (hanging["status"], round(hanging["seconds"])) == ("timeout", 3)
     others = {name: result["status"] for name, result in ran.results.items() if not name.startswith("planted/")}
-    assert others.pop("tiny/diffusers/model/fp8-row") == "unsupported"
+    assert {others.pop(name) for name in ("tiny/diffusers/model/fp8-row", "attention/tiny/sdpa-cudnn")} == {
+        "unsupported"
+    }
     assert set(others.values()) == {"done"}
 
 
