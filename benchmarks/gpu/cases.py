@@ -105,7 +105,7 @@ def _steps(model: str, *, headline: bool, quick: bool, full: bool) -> list[Case]
     every = (PRESETS[model].num_layers,)
     ours, few = (every if headline else FEW_LAYERS), FEW_LAYERS
     if quick:
-        ours, few = every, (1, 2)
+        ours, few = every, (1, 4)
     compiled = every if full else few
 
     def case(owner: str, layers: tuple[int, ...], suffix: str = "", **options: str) -> Case:

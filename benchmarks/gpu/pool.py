@@ -68,7 +68,6 @@ def enter(case: Case, device: str, out: str, log: str) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(out).parent / "cache")
-    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
     from benchmarks.gpu.worker import work
 
     answer = work(case, device)

@@ -36,32 +36,32 @@ def ceilings(results: Found) -> dict[str, float]:
 
 
 def table_of(results: Found, chosen: Sequence[Case]) -> str:
-    """The short table: steps, then ceilings and attention kernels, then what was not run."""
+    """What was not run, attention kernels, ceilings and, last, the short table of steps."""
     here = results["environment"]
     steps = [_words(row) for row in rows(results, chosen) if row["ms_p50"] is not None]
     kernels = [
-        (
-            result["case"],
-            f"{result['tflops']:.1f} TFLOP/s",
-            f"{result['milliseconds']:.3f} ms",
-            f"{result['error_fp32']:.1e}",
-        )
-        for result in results["cases"]
-        if "milliseconds" in result
+        (found["case"], f"{found['tflops']:.1f}", f"{found['milliseconds']:.3f}", f"{found['error_fp32']:.1e}")
+        for found in results["cases"]
+        if "milliseconds" in found
     ]
-    units = {name: "GB/s" if name == "bandwidth" else "TFLOP/s" for name in ceilings(results)}
+    measured = ", ".join(
+        f"{name} {value:.1f} {'GB/s' if name == 'bandwidth' else 'TFLOP/s'}"
+        for name, value in ceilings(results).items()
+    )
     header = (
         "step", "ms", "p20–p80", "× compiled", "× eager", "TFLOP/s", "% ceiling", "GiB", "cold s", "warm s", "error"
     )  # fmt: skip
+    state = " (changed)" if here["dirty"] else ""
     sections = [
+        "\n".join(_not_timed(results)),
+        table(("attention alone", "TFLOP/s", "ms", "error"), kernels) if kernels else "",
+        f"ceilings measured here: {measured or 'none'}",
         table(header, steps) if steps else "no step was timed",
-        table(("attention alone", "", "", "error"), kernels) if kernels else "",
-        "ceilings measured here: "
-        + (", ".join(f"{name} {value:.1f} {units[name]}" for name, value in ceilings(results).items()) or "none"),
-        *_not_timed(results),
         f"{here['device']}, torch {here['torch']}, diffusers {here['diffusers']}, torchao {here['torchao']}, commit "
-        f"{str(here['commit'])[:9]}{' (changed)' if here['dirty'] else ''}; ~ extrapolated from few layers; ratios are "
-        "between medians of processes that ran one after another; error: of one layer's model, relative, against fp32",
+        f"{str(here['commit'])[:9]}{state}\n"
+        "× : ratios of medians of processes that ran one after another. ~ : extrapolated from few layers.\n"
+        "cold: first call of one layer's model; warm: of the first model timed, with the cache on disk.\n"
+        "error: relative, of one layer's model, against fp32. % ceiling: of the bf16 products measured here.",
     ]
     return "\n\n".join(section for section in sections if section)
 
@@ -122,12 +122,13 @@ def _not_timed(results: Found) -> list[str]:
     lines = [
         f"{result['status'].upper()}: {result['case']}: {result.get('error', '')}"
         for result in results["cases"]
-        if result["status"] not in ("done", "no time")
+        if result["status"] in ("failed", "timeout", "red")
     ]
-    late = [result["case"] for result in results["cases"] if result["status"] == "no time"]
-    if late:
-        lines.append(f"NO TIME LEFT for {len(late)}: {', '.join(late)}")
-    return ["\n".join(lines)] if lines else []
+    for status, words in (("unsupported", "UNSUPPORTED here"), ("no time", "NO TIME LEFT for")):
+        names = [result["case"] for result in results["cases"] if result["status"] == status]
+        if names:
+            lines.append(f"{words}: {', '.join(names)}")
+    return lines
 
 
 def _plots(results: Found, chosen: Sequence[Case], out: Path) -> list[str]:
@@ -160,7 +161,7 @@ def _draw_kernels(kernels: Mapping[str, Mapping[str, float]], device: str, path:
     made, axes = drawing.figure(1, height=1.4 + 0.32 * len(kernels), title=f"{device}: a step's time by kind of kernel")
     axis, left = axes[0, 0], dict.fromkeys(kernels, 0.0)
     for kind in sorted({kind for each in kernels.values() for kind in each}):
-        widths = [1e3 * max(0.0, each.get(kind, 0.0)) for each in kernels.values()]
+        widths = [1e3 * each.get(kind, 0.0) for each in kernels.values()]
         axis.barh(list(kernels), widths, left=list(left.values()), label=kind)
         left = {name: start + width for (name, start), width in zip(left.items(), widths, strict=True)}
     axis.invert_yaxis()

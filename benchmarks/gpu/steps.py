@@ -40,7 +40,7 @@ def time_layers(case: Case, layers: int, device: torch.device) -> dict[str, Any]
     each = min(_seconds(step, device) for _ in range(_WARM_UP))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    number = 3 if case.quick else max(_LEAST, min(_MOST, int(_SECONDS / each)))
+    number = 5 if case.quick else max(_LEAST, min(_MOST, int(_SECONDS / each)))
     times = [_seconds(step, device) for _ in range(number)]
     found = {
         "layers": layers,
@@ -61,7 +61,7 @@ def summary(case: Case, by_layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     seconds["p20"], seconds["p80"] = sorted((seconds["p20"], seconds["p80"]))  # noise may turn extrapolated ones round
     kinds = {kind for found in by_layers for kind in found["kernels"]}
     kernels = {
-        kind: at_layers([(found["layers"], found["kernels"].get(kind, 0.0)) for found in by_layers], layers)
+        kind: max(0.0, at_layers([(found["layers"], found["kernels"].get(kind, 0.0)) for found in by_layers], layers))
         for kind in sorted(kinds)
     }
     return {

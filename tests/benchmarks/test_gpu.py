@@ -20,7 +20,8 @@ from benchmarks.gpu import cases, pool, report, steps, wheels, worker
 from cogx_fast.model.backends import BACKENDS
 from tests.conftest import run_cli
 
-ONLY = r"ceiling|planted|attention/tiny/(sdpa|sdpa-cudnn)$|tiny/ours/sdpa/block$|tiny/diffusers/(eager|model|model/fp8-row)$"
+STEPS = r"tiny/ours/sdpa/block$|tiny/diffusers/(eager|model|model/fp8-row)$"
+ONLY = rf"ceiling|planted|attention/tiny/(sdpa|sdpa-cudnn)$|{STEPS}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def test_every_case_has_its_figures(ran: Ran) -> None:
         assert float(row["ratio_to_compiled_peer"]) == pytest.approx(ratio)
         for column in ("tflops", "share_of_bf16_ceiling", "peak_gib", "compile_cold_s", "compile_warm_s", "error_fp32"):
             assert float(row[column]) > 0
-        assert sum(ran.results[name]["kernels"].values()) > 0
+        assert all(sum(found["kernels"].values()) > 0 for found in ran.results[name]["by_layers"])
         assert float(row["error_fp32"]) < worker.LIMIT_EXACT * float(row["error_diffusers"])
     assert ran.rows["tiny/diffusers/model"]["extrapolated"] == "True"
     assert ran.rows["tiny/ours/sdpa/block"]["extrapolated"] == "False"
@@ -90,8 +91,9 @@ def test_every_case_has_its_figures(ran: Ran) -> None:
 
 def test_results_end_with_a_table_and_lie_in_files(ran: Ran) -> None:
     lines = ran.text.splitlines()
-    assert lines[-1].startswith("x86_64") or "torch" in lines[-1]
-    assert any(line.startswith("tiny/ours/sdpa/block ") for line in lines)
+    assert "error: relative, of one layer's model, against fp32" in ran.text.split("\n\n")[-1]
+    assert any(line.startswith("tiny/ours/sdpa/block ") for line in lines[-12:])
+    assert "UNSUPPORTED here: tiny/diffusers/model/fp8-row, attention/tiny/sdpa-cudnn" in lines
     assert {path.name for path in ran.out.iterdir()} == {
         "results.json", "results.csv", "ceilings.json", "ratios.png", "kernels.png", "roofline.png"
     }  # fmt: skip
@@ -142,7 +144,7 @@ def test_the_budget_ends_it_and_the_rest_is_named(tmp_path: Path, monkeypatch: p
     assert len(limits) == 3
     none = battery.carry_out(planned, "cpu", budget=10, out=tmp_path)
     assert [result["status"] for result in none["cases"]] == ["no time"] * 3
-    assert f"NO TIME LEFT for 3: {planned[0].name}" in report.table_of(none, planned)
+    assert f"NO TIME LEFT for: {planned[0].name}" in report.table_of(none, planned)
     (tmp_path / "none.json").write_text(json.dumps(none))
     (tmp_path / "all.json").write_text(json.dumps(results))
     battery.carry_out(planned, "cpu", budget=30, out=tmp_path, again=tmp_path / "none.json")
@@ -228,8 +230,8 @@ def test_the_tested_versions_are_fetched() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", list(BACKENDS))
-def test_each_backend_is_right_at_real_shapes(attention: str) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_both_backends_that_run_everywhere_are_right_at_real_shapes(attention: str) -> None:
     case = cases.Case(name="5b", kind="step", limit=300, model="5b", layers=(1,), attention=attention, scope="block")
     assert worker.correctness(case, torch.device("cuda"))["red"] == ""
 
