@@ -80,4 +80,4 @@ def test_loading_is_faster_than_quantizing_anew(tmp_path):
 def test_loading_is_faster_than_quantizing_anew_at_real_size(recipe, tmp_path):
     original, quantized = make(LARGE, tmp_path, recipe)
     assert (quantized / WEIGHTS).stat().st_size > 1e9
-    assert ratio(original, quantized, recipe, rounds=4) <= 0.6
+    assert ratio(original, quantized, recipe, rounds=2) <= 0.6
