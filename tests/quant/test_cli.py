@@ -46,3 +46,21 @@ def test_the_report_for_people():
     assert cells[3] == ["blocks.*.net.2", "1", "200", "B", "200", "B", "–", "–"]
     assert cells[6][:6] == ["all", "4", "800", "B", "600", "B"]
     assert lines[7:] == ["left as they are: blocks.*.net.2 (too small)", "left as they are: head (the last)"]
+
+
+def test_quantize_writes_what_load_reads(tmp_path):
+    import cogx_fast
+
+    finished = run_cli("quantize", "tiny", "--recipe", "int8-weight-only", "--out", tmp_path / "out", "--json")
+    done = report(finished)
+    assert done["bytes_after"] < 0.6 * done["bytes_before"]
+    assert len(done["linears"]) == 31
+    model = cogx_fast.load(tmp_path / "out")
+    assert quant.recipe_of(model) == quant.load_recipe("int8-weight-only")
+
+
+def test_quantize_takes_the_nearest_when_told(tmp_path):
+    finished = run_cli("quantize", "tiny", "--recipe", "fp8-dynamic", "--nearest", "--out", tmp_path / "out", "--json")
+    assert {linear["scheme"] for linear in report(finished)["linears"]} == {"int8-dynamic", None}
+    assert finished.err.count("\n") == 1
+    assert "int8-dynamic in place of fp8-dynamic" in finished.err
