@@ -8,6 +8,7 @@ Suffixes: B batch, S joint tokens, T text tokens, D model width, K head width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -17,6 +18,7 @@ from benchmarks.codegen.devices import DEVICES, Device
 
 Sdpa = Literal["cudnn", "flash", "efficient"]
 MODELS = ("2b", "5b", "1.5-5b")
+RECIPES = ("fp8-dynamic", "fp8-dynamic-tensor", "fp8-weight-only", "int8-dynamic", "int8-weight-only")
 BATCH = 2
 
 
@@ -35,6 +37,8 @@ class Case:
     dtype: str = "bfloat16"
     layers: int = 1
     """How often a step runs the module."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Inductor options besides those of every report."""
 
     def make(self) -> tuple[Any, tuple[Any, ...]]:
         """Build the module and its arguments."""
@@ -60,7 +64,9 @@ def _rotary(config: Any, rows: int) -> Any:
     return tuple(torch.empty(rows, config.attention_head_dim, dtype=torch.float32) for _ in range(2))
 
 
-def our_block(preset: str, attention: str, tokens: int | None = None, batch: int = BATCH) -> tuple[Any, Any]:
+def our_block(
+    preset: str, attention: str, tokens: int | None = None, batch: int = BATCH, recipe: str | None = None
+) -> tuple[Any, Any]:
     """Our block, given one layer's rows of the modulation of all layers."""
     import torch
 
@@ -72,7 +78,23 @@ def our_block(preset: str, attention: str, tokens: int | None = None, batch: int
     is_text_S1 = torch.empty(rows, 1, dtype=torch.bool)
     mask = full_block_mask("cuda") if attention == "flex" else None
     x_BSD = torch.empty(batch, rows, config.inner_dim)
-    return Block(config, attention).eval(), (x_BSD, mod_B12D, is_text_S1, _rotary(config, rows), mask)
+    block = Block(config, attention).eval()
+    if recipe is not None:
+        _quantize(block, config, recipe)
+    return block, (x_BSD, mod_B12D, is_text_S1, _rotary(config, rows), mask)
+
+
+def _quantize(block: Any, config: Any, recipe: str) -> None:
+    """As the recipe says of the first block of a model."""
+    import torch
+
+    from cogx_fast.model.transformer import CogVideoXTransformer
+    from quant import plan
+
+    with torch.device("meta"):
+        model = CogVideoXTransformer(dataclasses.replace(config, num_layers=1))
+    linears = [(name, tuple(m.weight.shape)) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    plan(linears, recipe, device="cuda").apply(block, "transformer_blocks.0", measure=False)
 
 
 def diffusers_block(preset: str, tokens: int | None = None, batch: int = BATCH) -> tuple[Any, Any]:
@@ -97,28 +119,42 @@ def sdpa_of(device: Device) -> Sdpa:
 
 
 def cases(device: Device) -> dict[str, Case]:
-    """Every case by name: model/whose block/attention kernel."""
+    """Every case by name: model/whose block/attention kernel, and the recipe of a quantized one."""
     sdpa = sdpa_of(device)
     found = [
         _case(model, owner, attention)
         for model in MODELS
         for owner, attention in (("ours", sdpa), ("ours", "flex"), ("diffusers", sdpa))
     ]
+    found += [_case(model, "ours", sdpa, recipe) for model in MODELS for recipe in RECIPES if _has(device, recipe)]
     return {case.name: case for case in found}
 
 
-def _case(model: str, owner: str, attention: Any) -> Case:
+def _has(device: Device, recipe: str) -> bool:
+    return device.fp8 is not None or recipe not in ("fp8-dynamic", "fp8-dynamic-tensor")
+
+
+INT8_OPTIONS = {
+    "max_autotune_gemm": True, "max_autotune_gemm_backends": "TRITON", "epilogue_fusion_first": True,
+    "test_configs.max_mm_configs": 1,
+}  # fmt: skip
+"""For int8 products what a compiled model is given (``cogx_fast.runtime.compile.INT8_OPTIONS``), with the first
+candidate of Triton's products in the place of the one that a device would be fastest with."""
+
+
+def _case(model: str, owner: str, attention: Any, recipe: str | None = None) -> Case:
     from cogx_fast.config import PRESETS
 
     arguments = {"preset": model} | (
         {"attention": "flex" if attention == "flex" else "sdpa"} if owner == "ours" else {}
     )
     return Case(
-        name=f"{model}/{owner}/{attention}",
+        name="/".join(filter(None, (model, owner, attention, recipe))),
         build=f"{__name__}:{'our' if owner == 'ours' else 'diffusers'}_block",
-        arguments=arguments,
+        arguments=arguments | ({"recipe": recipe} if recipe else {}),
         sdpa=None if attention == "flex" else attention,
         layers=PRESETS[model].num_layers,
+        options=INT8_OPTIONS if recipe == "int8-dynamic" else {},
     )
 
 

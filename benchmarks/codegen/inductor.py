@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ def _answer_for_the_device(device: Device) -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
+    torch.version.cuda = resources.ptxas_version().rpartition(".")[0]  # None: torchao finds no fp8
     if not hasattr(torch._C, "_cuda_getCurrentRawStream"):  # generated code imports it; builds for CPUs lack it
         torch._C._cuda_getCurrentRawStream = lambda index=0: 0  # type: ignore[misc]
 
@@ -206,11 +207,14 @@ class Capture:
         self.inductor_bytes = 0
 
 
-def compile_only(module: Any, arguments: tuple[Any, ...], examine: Any) -> Capture:
+def compile_only(
+    module: Any, arguments: tuple[Any, ...], examine: Any, options: Mapping[str, Any] | None = None
+) -> Capture:
     """Compile ``module(*arguments)`` as one graph; its kernels are built, not run.
 
     Args:
         examine: called with each lowered graph while it is Inductor's current one.
+        options: Inductor options besides ``CONFIG``.
 
     Returns:
         What was captured.
@@ -233,7 +237,7 @@ def compile_only(module: Any, arguments: tuple[Any, ...], examine: Any) -> Captu
         )
         return compile_fx(graph, inputs, inner_compile=inner)
 
-    with config.patch(CONFIG), _counting_bytes(), _lowered_graphs(capture, examine):
+    with config.patch({**CONFIG, **(options or {})}), _counting_bytes(), _lowered_graphs(capture, examine):
         torch.compile(module, backend=backend, fullgraph=True, dynamic=False)(*arguments)
     capture.inductor_bytes = metrics.num_bytes_accessed
     return capture

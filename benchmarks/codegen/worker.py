@@ -72,7 +72,7 @@ def compile_case(case: Case, device: str, *, real: bool) -> Report:
             with torch.device("cuda"):
                 module, arguments = case.make()
             start = time.perf_counter()
-            capture = inductor.compile_only(module, arguments, traffic.count)
+            capture = inductor.compile_only(module, arguments, traffic.count, case.options)
             seconds = time.perf_counter() - start
     finally:
         torch.set_default_dtype(dtype)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogx_fast.config import TransformerConfig
+from cogx_fast.model.products import project
 
 
 class PatchEmbed(nn.Module):
@@ -156,9 +157,8 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        for module in self.net:
-            x_BSD = module(x_BSD)
-        return x_BSD
+        first, dropout, second, last_dropout = self.net
+        return last_dropout(project(second, dropout(first(x_BSD))))
 
 
 class _Projection(nn.Module):
@@ -171,14 +171,10 @@ class _Projection(nn.Module):
         self.proj = nn.Linear(config.inner_dim, rows * config.inner_dim)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        if self.activation_fn == "gelu-approximate" and _takes_gelu(self.proj, x_BSD):
-            x_RD, weight_DI = x_BSD.flatten(0, -2), self.proj.weight.t()
-            out_RI = torch._addmm_activation(self.proj.bias, x_RD, weight_DI, use_gelu=True)
-            return out_RI.unflatten(0, x_BSD.shape[:-1])
-        x = self.proj(x_BSD)
+        if self.activation_fn == "gelu-approximate":
+            return project(self.proj, x_BSD, gelu=True, reduced_next=True)
+        x = project(self.proj, x_BSD)
         match self.activation_fn:
-            case "gelu-approximate":
-                return F.gelu(x, approximate="tanh")
             case "gelu":
                 return F.gelu(x)
             case "linear-silu":
@@ -191,26 +187,6 @@ class _Projection(nn.Module):
             case _:  # swiglu
                 value, gate = x.chunk(2, dim=-1)
                 return value * F.silu(gate)
-
-
-def _takes_gelu(linear: nn.Linear, x: Tensor) -> bool:
-    """Whether the product can apply the tanh-GELU as it writes its result, which saves a pass over the widest tensor.
-
-    On CUDA ``_addmm_activation`` is cuBLASLt's product with ``CUBLASLT_EPILOGUE_GELU_BIAS``, or a product and a
-    tanh-GELU in place where cuBLASLt has none (pytorch, aten/src/ATen/native/cuda/Blas.cpp). The CPU's operator
-    computes another GELU, and none has a derivative; fp32 keeps the plain formula. A linear that is wrapped, hooked,
-    quantized or elsewhere is called as it is.
-    """
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and linear.weight.is_cuda
-        and linear.weight.dtype == x.dtype
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and not torch.is_grad_enabled()
-        and "forward" not in linear.__dict__
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-    )
 
 
 class OutputNorm(nn.Module):

@@ -27,6 +27,7 @@ from cogx_fast.model.layers import (
     unpatchify,
 )
 from cogx_fast.model.masks import LayerBlocks, SparseBlocks
+from cogx_fast.model.products import project
 
 
 class Attention(nn.Module):
@@ -48,11 +49,13 @@ class Attention(nn.Module):
             mask = mask.block_mask(x_BSD.shape[1])
         q_BSNK, k_BSNK, v_BSNK = self.project(x_BSD, rotary)
         out_BSNK = attend(q_BSNK, k_BSNK, v_BSNK, backend=self.backend, mask=mask)
-        return self.to_out[0](out_BSNK.flatten(2))
+        return project(self.to_out[0], out_BSNK.flatten(2), reduced_next=True)
 
     def project(self, x_BSD: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, normed and rotated, each ``(B, S, N, K)``."""
-        q_BSNK, k_BSNK, v_BSNK = self.to_qkv(x_BSD).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        q_BSNK, k_BSNK, v_BSNK = (
+            project(self.to_qkv, x_BSD, reduced_next=True).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        )
         return self.norm_q(q_BSNK, rotary), self.norm_k(k_BSNK, rotary), v_BSNK
 
 

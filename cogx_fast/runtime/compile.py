@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from cogx_fast.model.products import is_int8_dynamic
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.cache import Recorder
 from cogx_fast.runtime.module import CogVideoXModel
@@ -69,7 +70,8 @@ def compile_model(
         model.attention_plan.check_compiler(config.backend)
     model._compile_config, model._compile_backend = config, config.backend
     if config.backend == "inductor":
-        model._recorder = Recorder(config, _inductor_options(config, model.device))
+        int8 = any(map(is_int8_dynamic, model.modules()))
+        model._recorder = Recorder(config, _inductor_options(config, model.device, int8=int8))
     backend = model._recorder or config.backend
     compiled = functools.partial(compiler, fullgraph=True, dynamic=config.dynamic, backend=backend)
     if config.scope == "model":
@@ -101,11 +103,17 @@ def _own(function: types.FunctionType | Callable[..., Any]) -> Callable[..., Any
     return copy
 
 
-def _inductor_options(config: CompileConfig, device: torch.device) -> dict[str, Any]:
+INT8_OPTIONS: Mapping[str, Any] = {"max_autotune_gemm_backends": "TRITON", "epilogue_fusion_first": True}
+"""For int8 products on CUDA, where a mode times the candidates: Triton's, which scale the int32 sums before they store
+them; a library's writes them out, four bytes each, for another kernel to scale."""
+
+
+def _inductor_options(config: CompileConfig, device: torch.device, *, int8: bool = False) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     mode = config.mode or ("max-autotune-no-cudagraphs" if device.type == "cuda" else "default")
-    return {**list_mode_options(mode), **config.options}
+    is_scaled = int8 and device.type == "cuda" and mode.startswith("max-autotune")
+    return {**list_mode_options(mode), **(INT8_OPTIONS if is_scaled else {}), **config.options}
 
 
 @dataclass

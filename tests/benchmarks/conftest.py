@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks.codegen import CASES, Case, Report, unavailable
-from benchmarks.codegen.run import ask
+from benchmarks.codegen.cases import RECIPES
+from benchmarks.codegen.run import ask, reports
 
 
 def _planted(name: str, build: str = "", sdpa: Any = "cudnn", **arguments: Any) -> Case:
@@ -24,6 +25,9 @@ PLANTED = [
     _planted("unstated", "attend", sdpa=None),
     _planted("impossible", "attend", sdpa="flash", masked=True),
     _planted("graph_break"),
+    _planted("odd", "quantized", recipe="fp8-dynamic", tokens=80),
+    _planted("fp8", "quantized", recipe="fp8-dynamic", tokens=2060),
+    _planted("unflattened", recipe="fp8-dynamic", tokens=2060),
 ]
 
 
@@ -47,3 +51,10 @@ def full_size(compiler: None) -> dict[str, Report]:
     answers = {case.name: answer for case, answer in zip(cases, ask(cases), strict=True)}
     assert not any(isinstance(answer, str) for answer in answers.values()), answers
     return {name: answer for name, answer in answers.items() if isinstance(answer, Report)}
+
+
+@pytest.fixture(scope="session")
+def quantized(compiler: None) -> dict[str, Report]:
+    """Reports of 5b's block at full size on a described H100 by recipe; the other models' are slow tests."""
+    cases = [CASES[f"5b/ours/cudnn/{recipe}"] for recipe in RECIPES]
+    return dict(zip(RECIPES, reports(cases), strict=True))

@@ -51,9 +51,9 @@ class _Copy(nn.Module):
         super().__init__()
         self.linear = linear
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        turned_BDS = x_BSD.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        return self.linear(turned_BDS.transpose(1, 2).contiguous())
+    def forward(self, x_RD: Tensor) -> Tensor:
+        turned_DR = x_RD.t().clone(memory_format=torch.contiguous_format)
+        return self.linear(turned_DR.t().contiguous())
 
 
 def copied() -> Any:
@@ -77,6 +77,26 @@ class _Upcast(nn.Module):
 def upcast() -> Any:
     made, arguments = block()
     made.ff = _Upcast(made.ff)
+    return made, arguments
+
+
+def quantized(recipe: str, tokens: int) -> Any:
+    return our_block("tiny", "sdpa", tokens=tokens, recipe=recipe)
+
+
+class _Unflattened(nn.Linear):
+    """A linear that is given (B, S, D) and not rows."""
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        x_BSD = x_RD.unflatten(0, (2, -1))
+        return F.linear(x_BSD, self.weight, self.bias).flatten(0, 1)
+
+
+def unflattened(recipe: str, tokens: int) -> Any:
+    made, arguments = quantized(recipe, tokens)
+    for module in made.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _Unflattened
     return made, arguments
 
 

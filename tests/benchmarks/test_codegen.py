@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gate
 from benchmarks.codegen import DEVICES, CodegenError, Report, __main__, inductor, run, shim, table, worker
-from benchmarks.codegen.cases import CASES, MODELS, Case
+from benchmarks.codegen.cases import CASES, INT8_OPTIONS, MODELS, RECIPES, Case
 from benchmarks.codegen.devices import get_device
 from benchmarks.codegen.report import Candidate, Launch
 from cogx_fast import costs
@@ -95,6 +95,73 @@ def test_flex_is_a_template_with_its_operations(planted: Planted) -> None:
 def test_a_report_survives_json(planted: Planted) -> None:
     report = _report(planted, "block")
     assert Report.from_dict(report.to_dict()) == report
+
+
+# ----------------------------------------------------------------------------------------------------------- quantized
+
+STREAM = 2 * 17776 * 3072
+"""Elements of 5b's stream."""
+
+
+def test_fp8_dynamic_has_no_pass_that_only_measures_or_rescales(quantized: dict[str, Report]) -> None:
+    report = quantized["fp8-dynamic"]
+    assert report.extern_calls["_scaled_mm"] == 4
+    assert report.triton_launches <= 8
+    assert report.kinds["pointwise"] == 1  # the last addition
+    for launch in report.triton:
+        assert launch.written_bytes >= STREAM  # a column of maxima or scales is a thousandth of that
+    quantizing = [
+        before
+        for before, launch in zip(report.launches, report.launches[1:], strict=False)
+        if launch.name == "_scaled_mm"
+    ]
+    assert len(quantizing) == 4
+    assert all(launch.kind in ("reduction", "persistent") for launch in quantizing)  # norm or GELU, maximum and cast
+
+
+def test_int8_dynamic_stores_no_int32(quantized: dict[str, Report]) -> None:
+    report = quantized["int8-dynamic"]
+    assert report.extern_calls == {report.attention: 1}
+    products = [launch for launch in report.launches if launch.flops and not launch.attention]
+    assert [launch.written_bytes for launch in products] == [BF16 * n * STREAM for n in (3, 1, 4, 1)]
+    assert {launch.products for launch in products} == {"int8"}
+    assert report.triton_launches - len(products) <= 5
+
+
+@pytest.mark.parametrize("recipe", ["int8-weight-only", "fp8-weight-only"])
+def test_weight_only_products_are_the_librarys_with_the_gelu(quantized: dict[str, Report], recipe: str) -> None:
+    calls = quantized[recipe].extern_calls
+    assert calls == {"addmm": 3, "aten._addmm_activation": 1, quantized[recipe].attention: 1}
+
+
+def test_quantized_products_are_fast_ones(quantized: dict[str, Report], full_size: dict[str, Report]) -> None:
+    h100, plain = DEVICES["h100"], full_size["5b/ours/cudnn"]
+    for recipe, report in quantized.items():
+        assert report.flops == plain.flops
+        is_dynamic = "dynamic" in recipe
+        kinds = {launch.products for launch in report.launches if launch.flops and not launch.attention}
+        assert kinds == {recipe[: recipe.index("-")] if is_dynamic else "bf16"}
+        assert (report.predicted_seconds(h100) < plain.predicted_seconds(h100)) == is_dynamic
+
+
+def test_an_odd_length_generates(planted: Planted) -> None:
+    assert _report(planted, "odd").extern_calls["_scaled_mm"] == 4
+
+
+def test_linears_that_see_no_rows_make_passes_of_their_own(planted: Planted) -> None:
+    rows, unflattened = _report(planted, "fp8"), _report(planted, "unflattened")
+    assert rows.triton_launches == _report(planted, "odd").triton_launches
+    assert unflattened.triton_launches > rows.triton_launches
+    assert unflattened.bytes > rows.bytes
+
+
+def test_int8_cases_are_compiled_as_the_model_is() -> None:
+    from cogx_fast.runtime.compile import INT8_OPTIONS as THE_MODELS
+
+    ours = {**INT8_OPTIONS}
+    assert ours.pop("max_autotune_gemm")  # part of the mode
+    assert ours.pop("test_configs.max_mm_configs") == 1  # stands for the candidate that a device would choose
+    assert ours == THE_MODELS
 
 
 # --------------------------------------------------------------------------------------- planted regressions are caught
@@ -230,6 +297,22 @@ def test_a_prediction_is_the_ceiling_that_binds() -> None:
 
 def test_the_recorded_table_holds(full_size: dict[str, Report]) -> None:
     verdict = __main__.check(list(full_size.values()))
+    if verdict.not_binding:
+        pytest.skip(verdict.not_binding)
+    assert verdict.passed, f"\n{verdict}"
+
+
+def test_the_recorded_table_holds_for_quantized_blocks(quantized: dict[str, Report]) -> None:
+    verdict = __main__.check(list(quantized.values()))
+    if verdict.not_binding:
+        pytest.skip(verdict.not_binding)
+    assert verdict.passed, f"\n{verdict}"
+
+
+@pytest.mark.slow
+def test_the_recorded_table_holds_for_all_others(compiler: None) -> None:
+    tested = {"5b/ours/cudnn", "5b/diffusers/cudnn", *(f"5b/ours/cudnn/{recipe}" for recipe in RECIPES)}
+    verdict = __main__.check(run.reports([case for name, case in CASES.items() if name not in tested]))
     if verdict.not_binding:
         pytest.skip(verdict.not_binding)
     assert verdict.passed, f"\n{verdict}"

@@ -1,0 +1,93 @@
+"""What the blocks' linears compute, written so that the compiler puts what surrounds a product into few passes.
+
+Weights are plain, or torchao's: quantized tensors with ``act_quant_kwargs``, which says how activations are quantized
+as they come (dynamic) or, None, that they are not (weight-only).
+
+Suffixes: R rows (all dimensions but the last), D inputs, O outputs of the linear.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def project(linear: Any, x: Tensor, *, gelu: bool = False, reduced_next: bool = False) -> Tensor:
+    """``linear(x)``, with the tanh-GELU behind it where asked for.
+
+    The linear sees rows, ``(R, D)``. A dynamically quantized one takes each row's largest value, and Inductor pads the
+    memory of that column in three dimensions (B, S, 1), which keeps it from joining what divides by it: maximum,
+    division and scale would be passes of their own.
+
+    Args:
+        linear: a linear, or what stands in its place (an adapter around one).
+        x: any number of dimensions, inputs last.
+        gelu: apply the tanh-GELU to the result.
+        reduced_next: the result goes into a norm or another quantization.
+    """
+    x_RD = x.flatten(0, -2)
+    weight_OD = _weight(linear, x)
+    if weight_OD is None:
+        out_RO = linear(x_RD)
+    elif gelu and _takes_gelu(linear, x):
+        out_RO, gelu = torch._addmm_activation(linear.bias, x_RD, weight_OD.t(), use_gelu=True), False
+    else:
+        out_RO = F.linear(x_RD, weight_OD, linear.bias)
+    if gelu:
+        out_RO = F.gelu(out_RO, approximate="tanh")
+    if reduced_next and is_int8_dynamic(linear) and x.is_cuda:
+        # A reduction of the result would be given the int32 product to scale itself, once for each of its loops. A
+        # view by strides is one of memory: Inductor stores what it views, scaled, which the product then does.
+        out_RO = out_RO.as_strided(out_RO.shape, out_RO.stride())
+    return out_RO.unflatten(0, x.shape[:-1])
+
+
+def is_int8_dynamic(module: nn.Module) -> bool:
+    """Whether the product is one of int8 by int8, whose result is int32."""
+    weight = getattr(module, "weight", None)
+    stored = getattr(weight, "qdata", None)
+    return stored is not None and stored.dtype == torch.int8 and getattr(weight, "act_quant_kwargs", None) is not None
+
+
+def _weight(linear: Any, x: Tensor) -> Tensor | None:
+    """The weight as the product needs it, or None: call the linear, which is wrapped, hooked or does more."""
+    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+        return None
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return None
+    weight: Tensor = linear.weight
+    if not weight.is_cuda or weight.dtype != x.dtype:
+        return None
+    if type(weight) is nn.Parameter:
+        return weight
+    return weight.dequantize() if _is_weight_only(weight) else None
+
+
+def _is_weight_only(weight: Tensor) -> bool:
+    """Whether it is stored in eight bits and multiplied in the activations' dtype.
+
+    For int8 ones Inductor would call ``_weight_int8pack_mm``, whose CUDA kernel gives each output to one thread and
+    has no use for tensor cores (pytorch, aten/src/ATen/native/cuda/int8mm.cu): made for a few rows, not for a video's.
+    """
+    return (
+        hasattr(weight, "qdata")
+        and hasattr(weight, "dequantize")
+        and getattr(weight, "act_quant_kwargs", weight) is None
+        and getattr(weight, "act_pre_scale", None) is None
+    )
+
+
+def _takes_gelu(linear: Any, x: Tensor) -> bool:
+    """Whether the product can apply the tanh-GELU as it writes its result, which saves a pass over the widest tensor.
+
+    On CUDA ``_addmm_activation`` is cuBLASLt's product with ``CUBLASLT_EPILOGUE_GELU_BIAS``, or a product and a
+    tanh-GELU in place where cuBLASLt has none (pytorch, aten/src/ATen/native/cuda/Blas.cpp). The CPU's operator
+    computes another GELU, and none has a derivative; fp32 keeps the plain formula.
+    """
+    return linear.bias is not None and x.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled()
+
+
+__all__ = ["is_int8_dynamic", "project"]

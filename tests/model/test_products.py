@@ -1,0 +1,236 @@
+"""What the linears compute on the way through ``project``: the plain formula, whichever path a CUDA device takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogx_fast.config import PRESETS
+from cogx_fast.model.layers import _Projection
+from cogx_fast.model.products import is_int8_dynamic, project
+from tests.model.test_layers import randn
+from tests.support import relative_error, small
+
+DYNAMIC = ("int8-dynamic", "fp8-dynamic-emulated", "fp8-dynamic-tensor-emulated")
+WEIGHT_ONLY = ("int8-weight-only", "fp8-weight-only")
+
+
+def _projection(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> _Projection:
+    torch.manual_seed(0)
+    return _Projection(small("5b", **changes)).to(dtype)
+
+
+def _plain(projection: _Projection, x: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, projection.proj.weight, projection.proj.bias), approximate="tanh")
+
+
+def _quantized(scheme: str) -> tuple[nn.Linear, Tensor]:
+    """A linear with that scheme, and the weight it had."""
+    from torchao.quantization import quantize_
+
+    from quant.schemes import torchao_config
+
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 256).bfloat16()
+    weight = linear.weight.detach().clone()
+    quantize_(linear, torchao_config(scheme), filter_fn=lambda *_: True)
+    assert type(linear.weight) is not nn.Parameter
+    return linear, weight
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The products that took the activation; the operator computes here what it does on CUDA."""
+    calls: list[Tensor] = []
+
+    def operator(bias: Tensor, left: Tensor, right: Tensor, *, use_gelu: bool) -> Tensor:
+        assert use_gelu
+        calls.append(left)
+        return F.gelu(torch.addmm(bias, left, right), approximate="tanh")
+
+    monkeypatch.setattr(torch, "_addmm_activation", operator)
+    return calls
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+
+
+# ------------------------------------------------------------------------------------------- the GELU in the product
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_it_is_taken_on_cuda_without_gradients(taken: list[Tensor], pretend_cuda: None, dtype: torch.dtype) -> None:
+    projection, x = _projection(dtype), randn(2, 9, 128).to(dtype)
+    with torch.no_grad():
+        out = projection(x)
+        assert [tuple(left.shape) for left in taken] == [(18, 128)]
+        assert out.shape == (2, 9, 512)
+        assert torch.equal(out, _plain(projection, x))
+
+
+def test_the_cpu_keeps_the_plain_formula(taken: list[Tensor]) -> None:
+    projection, x = _projection(), randn(2, 9, 128).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(projection(x), _plain(projection, x))
+    assert not taken
+
+
+class _Subclass(nn.Parameter):
+    """As a distributed weight: another class of tensor."""
+
+
+def _adapter(projection: _Projection) -> None:
+    class Adapter(nn.Linear):
+        pass
+
+    projection.proj.__class__ = Adapter
+
+
+REASONS: dict[str, Callable[[_Projection], object]] = {
+    "another kind of linear": _adapter,
+    "a weight of another class": lambda p: setattr(p.proj, "weight", _Subclass(p.proj.weight)),
+    "a forward of its own": lambda p: setattr(p.proj, "forward", p.proj.forward),
+    "a hook": lambda p: p.proj.register_forward_hook(lambda module, arguments, out: None),
+    "a hook before it": lambda p: p.proj.register_forward_pre_hook(lambda module, arguments: None),
+    "fp32": lambda p: p.float(),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_what_keeps_it_from_being_taken(taken: list[Tensor], pretend_cuda: None, reason: str) -> None:
+    projection = _projection()
+    REASONS[reason](projection)
+    x = randn(2, 9, 128).to(projection.proj.bias.dtype)
+    with torch.no_grad():
+        assert torch.equal(projection(x), _plain(projection, x))
+    assert not taken
+
+
+def test_hooks_see_the_call(pretend_cuda: None) -> None:
+    projection, seen = _projection(), []
+    projection.proj.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape))
+    with torch.no_grad():
+        projection(randn(2, 9, 128).bfloat16())
+    assert seen == [(18, 128)]
+
+
+def test_gradients_and_other_activations_keep_it_from_being_taken(taken: list[Tensor], pretend_cuda: None) -> None:
+    x = randn(2, 9, 128).bfloat16()
+    projection = _projection()
+    projection(x).sum().backward()
+    assert projection.proj.weight.grad is not None
+    with torch.no_grad():
+        _projection(activation_fn="gelu")(x)
+    assert not taken
+
+
+# -------------------------------------------------------------------------------------------------- quantized weights
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("scheme", DYNAMIC)
+def test_dynamic_ones_are_torchaos_own(scheme: str, gelu: bool, pretend_cuda: None) -> None:
+    linear, _ = _quantized(scheme)
+    x = randn(2, 9, 128).bfloat16()
+    x[1, 3] = 0  # a row of zeros divides by nothing
+    with torch.no_grad():
+        theirs = F.linear(x, linear.weight, linear.bias)
+        ours = project(linear, x, gelu=gelu, reduced_next=True)
+    assert ours.isfinite().all()
+    assert torch.equal(ours, F.gelu(theirs, approximate="tanh") if gelu else theirs)
+
+
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+def test_weight_only_ones_are_torchaos_up_to_rounding(scheme: str, pretend_cuda: None, taken: list[Tensor]) -> None:
+    """Judged by each one's error against fp32 with the same quantized weight: no larger than torchao's own."""
+    linear, weight = _quantized(scheme)
+    x = randn(2, 300, 128).bfloat16()
+    with torch.no_grad():
+        exact = F.linear(x.float(), linear.weight.dequantize(torch.float32), linear.bias.float())
+        theirs = F.linear(x, linear.weight, linear.bias)
+        ours = project(linear, x)
+        assert relative_error(ours, exact) <= 1.05 * relative_error(theirs, exact)
+        assert relative_error(ours, exact) <= 0.005
+        assert relative_error(exact, F.linear(x.float(), weight.float(), linear.bias.float())) <= 0.05
+        activated = project(linear, x, gelu=True)
+    assert torch.equal(activated, F.gelu(ours, approximate="tanh"))
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+def test_on_the_cpu_weight_only_ones_are_torchaos_own(scheme: str) -> None:
+    linear, _ = _quantized(scheme)
+    x = randn(2, 9, 128).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(project(linear, x), F.linear(x, linear.weight, linear.bias))
+
+
+@pytest.mark.parametrize("scheme", [*DYNAMIC, *WEIGHT_ONLY])
+def test_which_are_products_of_int8(scheme: str) -> None:
+    assert is_int8_dynamic(_quantized(scheme)[0]) == (scheme == "int8-dynamic")
+    assert not is_int8_dynamic(nn.Linear(4, 4))
+    assert not is_int8_dynamic(nn.GELU())
+
+
+# ---------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "rows"), [("5b", 80), ("5b", 2 * 17776), ("2b", 2 * 17776), ("5b", 45106)])
+def test_on_cuda_no_kernel_follows_and_it_is_as_accurate(name: str, rows: int, dtype: torch.dtype) -> None:
+    """cuBLASLt takes the activation (else torch runs a GELU of its own after it), and rounds once less."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.manual_seed(0)
+    projection = _Projection(PRESETS[name]).to("cuda", dtype)
+    x = torch.randn(1, rows, PRESETS[name].inner_dim, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        projection(x)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            ours = projection(x)
+        kernels = [event.key for event in profiled.key_averages()]
+        exact = F.gelu(
+            F.linear(x[:, :512].float(), projection.proj.weight.float(), projection.proj.bias.float()),
+            approximate="tanh",
+        )
+        plain = _plain(projection, x)[:, :512]
+    assert kernels
+    assert not any("elementwise" in kernel for kernel in kernels), kernels
+    assert relative_error(ours[:, :512], exact) <= 1.05 * relative_error(plain, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [80, 2 * 17776, 45106])
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8-dynamic", "fp8-dynamic-tensor", *WEIGHT_ONLY])
+def test_on_cuda_compiled_quantized_products_are_the_plain_ones(scheme: str, rows: int) -> None:
+    """Compiled, with the product's own scaling where it is int8, beside torchao's formula in fp32."""
+    from torchao.quantization import quantize_
+
+    from cogx_fast.runtime.compile import INT8_OPTIONS
+    from quant.schemes import torchao_config
+
+    torch.manual_seed(0)
+    linear = nn.Linear(3072, 3072).to("cuda", torch.bfloat16)
+    quantize_(linear, torchao_config(scheme), filter_fn=lambda *_: True)
+    x = torch.randn(1, rows, 3072, device="cuda", dtype=torch.bfloat16)
+    options = {"max_autotune_gemm": True, **INT8_OPTIONS} if scheme == "int8-dynamic" else None
+
+    @torch.compile(fullgraph=True, options=options)
+    def run(x: Tensor) -> Tensor:
+        return project(linear, x, gelu=True, reduced_next=True)
+
+    with torch.no_grad():
+        exact = F.gelu(
+            F.linear(x.float(), linear.weight.dequantize(torch.float32), linear.bias.float()), approximate="tanh"
+        )
+        ours = run(x)
+    assert ours.isfinite().all()
+    assert relative_error(ours, exact) <= (0.005 if scheme in WEIGHT_ONLY else 0.05)
