@@ -119,6 +119,50 @@ def plot_speed(points: Sequence[Point], *, reference: Point, title: str) -> Any:
     return _picture(figure)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """A mix of schemes for a model's linears."""
+
+    sqnr_db: float
+    """Of the predicted noise."""
+    time: float
+    """Part of the unquantized linears' time."""
+    bytes: float
+    """Part of the unquantized linears' bytes."""
+
+
+def plot_mixes(mixes: Sequence[Mix], *, best: Mix, budget_db: float, title: str) -> Any:
+    """Quality of mixes against their estimated time and against their bytes; what is upper left is better.
+
+    Args:
+        mixes: what was measured.
+        best: the one that was chosen; circled.
+        budget_db: the least quality allowed; a line.
+        title: line at the top.
+
+    Returns:
+        A ``PIL.Image.Image``.
+
+    Raises:
+        MissingDependencyError: matplotlib or pillow is not installed.
+    """
+    figure, axes = _figure(title, rows=2, height=5.2)
+    shown = [mix for mix in mixes if math.isfinite(mix.sqnr_db)]
+    for each, key, label in ((axes[0], "time", "estimated time"), (axes[1], "bytes", "bytes")):
+        each.axhline(budget_db, color=_FAINT, linestyle=(0, (4, 3)), linewidth=1)
+        each.plot([getattr(mix, key) for mix in shown], [mix.sqnr_db for mix in shown], "o", color=_COLOURS[0])
+        if math.isfinite(best.sqnr_db):
+            each.plot(getattr(best, key), best.sqnr_db, "o", markersize=13, markerfacecolor="none", color=_COLOURS[1])
+            each.annotate(
+                f"{best.sqnr_db:.1f} dB at {getattr(best, key):.2f}", (getattr(best, key), best.sqnr_db),
+                xytext=(0, 9), textcoords="offset points", ha="center", color=_INK, fontsize=8,
+            )  # fmt: skip
+        each.margins(0.12, 0.25)
+        each.set_xlabel(f"{label} of the linears, of bf16's")
+        each.set_ylabel("SQNR of the noise, dB")
+    return _picture(figure)
+
+
 def _figure(title: str, *, rows: int, height: float, sharex: bool = False) -> tuple[Any, Any]:
     """A figure of its own, outside matplotlib's global state, and its axes."""
     figure = require("matplotlib.figure", why="to draw plots").Figure(
@@ -172,4 +216,4 @@ def _picture(figure: Any) -> Any:
     return image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-__all__ = ["Point", "plot_frames", "plot_speed"]
+__all__ = ["Mix", "Point", "plot_frames", "plot_mixes", "plot_speed"]

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cogx_fast.cli import search
 from cogx_fast.cli.arguments import DTYPE_NAMES, add_command
 from cogx_fast.cli.output import warn
 from cogx_fast.terminal import Progress, scaled, table
@@ -20,25 +21,30 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = add_command(
-        commands, "quantize", run, "quantize a transformer and write it",
-        "Quantize a transformer with a recipe, say what became of every linear, and write the checkpoint.",
+        commands, "quantize", run, "quantize a transformer and write it, or search for a recipe",
+        "Quantize a transformer with a recipe, say what became of every linear, and write the checkpoint. With "
+        "--search: run a pipeline, measure what quantizing each linear does to the predicted noise, and write a recipe "
+        "of the fastest mix of schemes within a budget. Stopped, it goes on where it was.",
     )  # fmt: skip
     command.add_argument(
         "model", metavar="MODEL", help="a pipeline or transformer directory, a file, a hub id, or tiny"
     )
-    command.add_argument(
-        "--recipe", required=True, help="a name that `cogx-fast recipes` lists, or the path of a .toml file"
-    )
-    command.add_argument("--out", required=True, metavar="DIR", help="the directory to write")
+    task = command.add_mutually_exclusive_group(required=True)
+    task.add_argument("--recipe", help="a name that `cogx-fast recipes` lists, or the path of a .toml file")
+    task.add_argument("--search", action="store_true", help="find a recipe")
+    command.add_argument("--out", required=True, metavar="PATH", help="the directory to write, or the recipe's file")
     command.add_argument("--dtype", choices=DTYPE_NAMES, help="of what is not quantized (default: as stored)")
     command.add_argument("--device", default="cpu", help="where to quantize (default: %(default)s)")
     command.add_argument(
         "--nearest", action="store_true", help="use the nearest scheme where the recipe's cannot run on the device"
     )
+    search.add_options(command)
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
+    if arguments.search:
+        return search.run(arguments, progress)
     import quant
     from cogx_fast.loading import load
 

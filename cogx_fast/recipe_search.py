@@ -1,0 +1,268 @@
+"""Find a quantization recipe for a pipeline: calibrate, measure every linear, search for the fastest mix.
+
+What was measured is kept beside the recipe after every linear, so that a search that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cogx_fast.costs import count_tokens
+from cogx_fast.devices import Device
+from cogx_fast.roofline import SCHEMES, UNQUANTIZED, Part
+
+if TYPE_CHECKING:
+    from cogx_fast.costs import Tokens
+    from cogx_fast.generation import Request
+    from quant import Recipe
+    from quant.calibration import Sample
+    from quant.search import Found, Mix
+    from quant.sensitivity import Errors
+
+BASE = "int8-dynamic"
+"""The recipe whose quantized linears are searched over, and whose reasons to skip the others are kept."""
+DEFAULT_SCHEMES = ("int8-dynamic", "fp8-dynamic", "int8-weight-only", "fp8-weight-only")
+_GUIDED = 2
+
+
+class SearchError(ValueError):
+    """A search that cannot be done or gone on with; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a search gave."""
+
+    recipe: Recipe
+    found: Found
+    errors: Mapping[tuple[str, str], Errors]
+    searched: tuple[str, ...]
+    unquantized_seconds: float
+    """Estimated for the searched linears in bf16."""
+
+
+@dataclass
+class State:
+    """What was measured so far, in a JSON file."""
+
+    path: Path
+    key: str
+    errors: MutableMapping[tuple[str, str], Errors] = field(default_factory=dict)
+    mixes: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, key: str) -> State:
+        """What is in the file, or a new state.
+
+        Raises:
+            SearchError: the file belongs to another search, or is damaged.
+        """
+        from quant.sensitivity import Errors
+
+        if not path.exists():
+            return cls(path, key)
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            errors = {tuple(name.split("|")): Errors(**each) for name, each in held["errors"].items()}
+            state = cls(path, held["key"], errors, dict(held["mixes"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SearchError(f"{path}: not what a search left behind ({error}): remove it to begin anew") from None
+        if state.key != key:
+            raise SearchError(
+                f"{path}: left by a search with another model, other inputs or another base: remove it to begin anew, "
+                "or choose another --out"
+            )
+        return state
+
+    def save(self) -> None:
+        """Write it, whole or not at all."""
+        errors = {"|".join(pair): asdict(each) for pair, each in self.errors.items()}
+        text = json.dumps({"key": self.key, "errors": errors, "mixes": self.mixes}, indent=1)
+        hidden = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        hidden.write_text(text, encoding="utf-8")
+        hidden.replace(self.path)
+
+
+def calibrate(
+    pipe: Any, requests: Sequence[Request], *, samples: int, on_step: Callable[[int], None] | None = None
+) -> list[Sample]:
+    """Inputs of the transformer from real denoising, spread evenly over all steps of all requests.
+
+    Args:
+        pipe: a CogVideoX pipeline.
+        requests: what to generate.
+        samples: how many to keep, about.
+        on_step: told the number of steps done.
+    """
+    from cogx_fast.generation import run_pipeline
+    from quant.calibration import recording
+
+    done = 0
+
+    def count(_: int) -> None:
+        nonlocal done
+        done += 1
+        if on_step is not None:
+            on_step(done)
+
+    steps = sum(request.steps for request in requests)
+    with recording(pipe.transformer, every=max(1, round(steps / samples))) as kept:
+        for request in requests:
+            run_pipeline(pipe, request, decode=False, on_step=count)
+    return kept
+
+
+def find_recipe(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    budget_db: float,
+    name: str,
+    model_name: str,
+    tokens: Tokens,
+    device: Device,
+    state_path: Path,
+    schemes: Sequence[str] = DEFAULT_SCHEMES,
+    base: str | os.PathLike[str] | Recipe = BASE,
+    on_measured: Callable[[int, int], None] | None = None,
+    on_mix: Callable[[int], None] | None = None,
+) -> Outcome:
+    """The fastest mix of schemes with the predicted noise at ``budget_db`` SQNR or better.
+
+    Args:
+        model: the transformer, neither quantized nor compiled.
+        samples: from ``calibrate``.
+        budget_db: 10 · log10(‖noise‖² / ‖its error‖²), at least, over all samples.
+        name: of the recipe.
+        model_name: for its description.
+        tokens: of one video, for the estimated times.
+        device: whose stated ceilings give them.
+        state_path: where what was measured is kept.
+        schemes: to choose from; those that the device cannot run are left out.
+        base: which linears are searched over.
+        on_measured: told (done, of all) after each linear and scheme.
+        on_mix: told the number of mixes measured.
+
+    Raises:
+        SearchError: nothing can be searched, or ``state_path`` belongs to another search.
+    """
+    import quant
+    from quant import search, sensitivity
+
+    base_recipe = quant.load_recipe(base)
+    planned = quant.plan(model, base_recipe)
+    searched = tuple(fqn for fqn, choice in planned.choices.items() if choice.scheme is not None)
+    usable = [scheme for scheme in schemes if _runs_on(scheme, device)]
+    candidates = {
+        fqn: [scheme for scheme in usable if sensitivity.is_measurable(scheme, model, fqn)] for fqn in searched
+    }
+    if not any(candidates.values()):
+        raise SearchError(f"none of {', '.join(schemes)} can be measured here and run on {device.name}")
+    state = State.open(state_path, _key(model, samples, base_recipe, schemes))
+
+    def measured(done: int, of_all: int) -> None:
+        state.save()
+        if on_measured is not None:
+            on_measured(done, of_all)
+
+    errors = sensitivity.measure(model, samples, candidates, base_recipe, known=state.errors, on_measured=measured)
+    expected = sensitivity.references(model, samples)
+
+    def evaluate(mix: Mix) -> float:
+        key = json.dumps(sorted(mix.items()))
+        if key not in state.mixes:
+            state.mixes[key] = sensitivity.prediction_error(model, mix, samples, expected, base_recipe)
+            state.save()
+        if on_mix is not None:
+            on_mix(len(state.mixes))
+        return state.mixes[key]
+
+    cost = estimated_cost(model, tokens, device)
+    found = search.search(search.order_moves(errors, cost), cost, evaluate, budget=10 ** (-budget_db / 10))
+    recipe = search.to_recipe(base_recipe, found.best, searched, name=name, model=model_name, budget_db=budget_db)
+    quant.plan(model, recipe)  # it fits the model, line by line
+    return Outcome(
+        recipe=recipe,
+        found=found,
+        errors=errors,
+        searched=searched,
+        unquantized_seconds=sum(cost(fqn, None) for fqn in searched),
+    )
+
+
+def estimated_cost(model: nn.Module, tokens: Tokens, device: Device) -> Callable[[str, str | None], float]:
+    """Seconds a step that a block's linear takes at a device's ceilings, by name and scheme, with guidance."""
+    rows, shapes = _GUIDED * tokens.joint, _shapes(model)
+
+    def seconds(fqn: str, scheme: str | None) -> float:
+        used = SCHEMES[scheme or UNQUANTIZED]
+        outputs, inputs = shapes[fqn]
+        moved = outputs * inputs * used.weight_bytes + rows * (inputs * used.input_bytes + outputs * 2)
+        part = Part(
+            name=fqn, group="linears", flops=2 * rows * outputs * inputs, products=used.products, bytes=round(moved)
+        )
+        return part.seconds(device)
+
+    return seconds
+
+
+def stored_bytes(model: nn.Module, mix: Mix, searched: Sequence[str]) -> float:
+    """Bytes of the searched linears' weights under a mix."""
+    shapes = _shapes(model)
+    return sum(math.prod(shapes[fqn]) * SCHEMES[mix.get(fqn, UNQUANTIZED)].weight_bytes for fqn in searched)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(each.weight.shape) for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+
+
+def _runs_on(scheme: str, device: Device) -> bool:
+    if scheme not in SCHEMES or scheme == UNQUANTIZED:
+        raise SearchError(f"scheme is {scheme!r}, expected one of {', '.join(s for s in SCHEMES if s != UNQUANTIZED)}")
+    try:
+        return device.peak(SCHEMES[scheme].products) > 0
+    except ValueError:
+        return False
+
+
+def _key(model: nn.Module, samples: Sequence[Sample], base: Recipe, schemes: Sequence[str]) -> str:
+    """What the measurements depend on."""
+    digest = hashlib.sha256(base.to_toml().encode() + " ".join(schemes).encode())
+    for sample in samples:
+        for name, tensor in sorted(sample.items()):
+            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # small, and other weights have others
+            digest.update(name.encode() + str(parameter.dtype).encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def finite_db(error: float) -> float | None:
+    """SQNR in dB of a relative squared error; None where nothing is lost or everything is."""
+    return -10 * math.log10(error) if 0 < error < math.inf else None
+
+
+__all__ = [
+    "BASE",
+    "DEFAULT_SCHEMES",
+    "Outcome",
+    "SearchError",
+    "State",
+    "calibrate",
+    "count_tokens",
+    "estimated_cost",
+    "find_recipe",
+    "finite_db",
+    "stored_bytes",
+]  # fmt: skip
