@@ -40,6 +40,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--batch", type=count, default=4, help="most videos in one call; guidance doubles them (default: %(default)s)"
     )
+    command.add_argument("--recipe", help="quantize: the name of a recipe that comes along, or a .toml file")
     command.add_argument("--dtype", choices=DTYPE_NAMES, help="default: as the weights are stored")
     command.add_argument("--attention", default="auto", help="attention backend (default: %(default)s)")
     command.add_argument("--device", default="cpu", help="cpu, cuda, … (default: %(default)s)")
@@ -47,15 +48,15 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast.loading import load
-    from cogx_fast.runtime.package import export_package
+    from cogx_fast.runtime.package import export_package, load_weights
 
     out = Path(arguments.out)
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent}: no such directory: make it, or give another --out")
     progress.stage("loading")
-    model = load(
+    model = load_weights(
         arguments.model,
+        recipe=arguments.recipe,
         dtype=arguments.dtype,
         device=arguments.device,
         attention=arguments.attention,
@@ -73,6 +74,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         "file": str(out),
         "bytes": out.stat().st_size,
         "seconds": time.perf_counter() - began,
+        "recipe": arguments.recipe,
         "kinds": len(set(manifest["blocks"].values())),
         **{key: manifest[key] for key in ("versions", "device", "config_hash", "dtype", "attention", "sizes")},
     }
@@ -111,7 +113,8 @@ def _render(report: dict[str, Any]) -> str:
         ("size", scaled(report["bytes"], "B")),
         ("compiled in", f"{report['seconds']:.1f} s"),
         ("kinds of block", str(report["kinds"])),
-        ("dtype, attention", f"{report['dtype']}, {report['attention']}"),
+        ("dtype, recipe", f"{report['dtype']}, {report['recipe'] or 'not quantized'}"),
+        ("attention", report["attention"]),
         ("device", report["device"].get("name") or report["device"]["type"]),
         ("tokens of a video", f"{fewest} to {most}"),
         ("videos in a call", f"1 to {report['sizes']['batch']}"),

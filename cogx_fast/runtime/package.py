@@ -17,6 +17,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,10 @@ from cogx_fast.runtime.artifact import (
 
 if TYPE_CHECKING:
     from cogx_fast.runtime.module import CogVideoXModel
+    from quant import Recipe
 
 KIND = "package"
+_FIELDS = ("attention", "blocks", "config", "config_hash", "device", "dtype", "recipe", "sizes", "versions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,10 @@ def export_package(
         ValueError: there is no C++ compiler, or the model cannot be exported.
         OSError: the file cannot be written.
     """
+    from quant import recipe_of
+
     _need_compiler()
+    recipe = recipe_of(model)
     kinds: dict[str, list[int]] = {}
     for index, block in enumerate(model.transformer_blocks):
         kinds.setdefault(hash_block(block), []).append(index)
@@ -106,6 +112,7 @@ def export_package(
         "config_hash": hash_config(model.config),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": next(iter(model.attention_backends)),
+        "recipe": None if recipe is None else recipe.to_toml(),
         "sizes": dataclasses.asdict(sizes),
         "blocks": {str(index): key for key, indices in kinds.items() for index in indices},
     }
@@ -127,7 +134,8 @@ def load_package(
 
     Args:
         path: what ``cogx-fast export`` or ``export_package`` wrote.
-        weights: a checkpoint of the package's configuration, or a live model; anything that ``load`` takes.
+        weights: a checkpoint of the package's configuration, or a live model; anything that ``load`` takes. They are
+            quantized with the package's recipe, if it has one.
         device: the device to run on; None is the first of the package's kind.
         for_pipelines: build the class that diffusers' ``from_pretrained`` takes, which imports diffusers; None: if
             diffusers has been imported already. Otherwise it is a plain module, called the same way.
@@ -139,13 +147,19 @@ def load_package(
         ArtifactError: (a ValueError) the file is damaged, or made for another version, device or configuration.
         CheckpointError: (a ValueError) the weights cannot be loaded.
     """
-    from cogx_fast.loading import load
-
     manifest, members = read_artifact(path, KIND)
+    missing = [field for field in _FIELDS if field not in manifest]
+    if missing:
+        raise ArtifactError(f"{path}: its manifest has no {', '.join(missing)}: make it again with this cogx_fast")
     place = torch.device(device) if device is not None else torch.device(manifest["device"]["type"])
     _refuse_other(path, manifest, place)
-    model = load(
-        weights, dtype=manifest["dtype"], device=place, attention=manifest["attention"], for_pipelines=for_pipelines
+    model = load_weights(
+        weights,
+        recipe=_read_recipe(manifest["recipe"]),
+        dtype=manifest["dtype"],
+        device=place,
+        attention=manifest["attention"],
+        for_pipelines=for_pipelines,
     )
     _refuse_weights(path, manifest, model)
     sizes = SizeRange(tokens=tuple(manifest["sizes"]["tokens"]), batch=manifest["sizes"]["batch"])
@@ -154,6 +168,25 @@ def load_package(
     for index, block in enumerate(model.transformer_blocks):
         block.forward = PackagedBlock(block, runners[manifest["blocks"][str(index)]], sizes, model.dtype)
     return model
+
+
+def load_weights(
+    weights: str | os.PathLike[str] | nn.Module, *, recipe: str | os.PathLike[str] | Recipe | None, **options: Any
+) -> CogVideoXModel:
+    """As ``load``, for a model that will run packaged: quantized ones are not told to compile."""
+    from cogx_fast.loading import load
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="recipe .* quantizes activations")
+        return load(weights, quant=recipe, **options)
+
+
+def _read_recipe(text: str | None) -> Recipe | None:
+    if text is None:
+        return None
+    from quant.recipe import parse_recipe
+
+    return parse_recipe(text, origin="the package's recipe")
 
 
 class PackagedBlock:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cogx_fast.loading import load
 from cogx_fast.runtime import package as module
 from cogx_fast.runtime.artifact import ArtifactError, read_artifact, write_artifact
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.package import SizeRange, export_package, load_package
+from cogx_fast.runtime.package import SizeRange, export_package, load_package, load_weights
 from tests.conftest import Package
 from tests.support import RELEASED, inputs, relative_error, small, upstream
 
@@ -63,6 +64,7 @@ def test_other_weights_of_the_configuration(package: Package) -> None:
 def test_weights_that_are_changed_in_place_or_replaced(package: Package) -> None:
     """As merging a LoRA does."""
     model, eager = load_package(package.path, package.checkpoint), load(package.checkpoint)
+    check(model, eager)
     for each in (model, eager):
         torch.manual_seed(3)
         with torch.no_grad():
@@ -146,6 +148,25 @@ def test_every_released_model_can_be_packaged(name: str, tmp_path: Path) -> None
             assert relative_error(call(model, arguments), call(eager, arguments)) <= 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["int8-dynamic", "int8-weight-only"])
+def test_a_quantized_package(recipe: str, tmp_path: Path) -> None:
+    """Its weights are quantized when it is loaded. Its error against fp32 is that of the quantized eager model."""
+    source, other = upstream(small("5b", num_attention_heads=1)), upstream(small("5b", num_attention_heads=1), seed=7)
+    export_package(load_weights(source, recipe=recipe), tmp_path / "m.pt2", SizeRange(tokens=(2, 264)))
+    for weights in (source, other):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            packaged = load_package(tmp_path / "m.pt2", weights)
+        eager, exact = load_weights(weights, recipe=recipe), load(weights)
+        for size in SIZES:
+            arguments = inputs(exact.config, **size)
+            truth = call(exact, arguments)
+            eager_error = relative_error(call(eager, arguments), truth)
+            assert eager_error > 1e-4
+            assert relative_error(call(packaged, arguments), truth) <= 1.05 * eager_error, size
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
 def test_a_package_for_cuda(attention: str, tmp_path: Path) -> None:
@@ -192,6 +213,15 @@ def test_a_manifest_that_does_not_match(package: Package, tmp_path: Path, field:
     target[field.split(".")[-1]] = value
     write_artifact(tmp_path / "m.pt2", module.KIND, manifest, members)
     with pytest.raises(ArtifactError, match=message):
+        load_package(tmp_path / "m.pt2", package.checkpoint)
+
+
+@pytest.mark.usefixtures("unopened")
+def test_a_manifest_with_something_missing(package: Package, tmp_path: Path) -> None:
+    manifest, members = read_artifact(package.path, module.KIND)
+    del manifest["recipe"], manifest["sizes"]
+    write_artifact(tmp_path / "m.pt2", module.KIND, manifest, members)
+    with pytest.raises(ArtifactError, match="manifest has no recipe, sizes"):
         load_package(tmp_path / "m.pt2", package.checkpoint)
 
 
