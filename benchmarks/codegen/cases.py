@@ -85,16 +85,25 @@ def our_block(
 
 
 def _quantize(block: Any, config: Any, recipe: str) -> None:
-    """As the recipe says of the first block of a model."""
+    """As the recipe says of a model's first block, by torchao's own function: a plan's ``apply`` reads values."""
     import torch
+    from torchao.quantization import quantize_
 
     from cogx_fast.model.transformer import CogVideoXTransformer
     from quant import plan
+    from quant.schemes import torchao_config
+
+    def linears(module: Any) -> dict[str, Any]:
+        return {name: part for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)}
 
     with torch.device("meta"):
         model = CogVideoXTransformer(dataclasses.replace(config, num_layers=1))
-    linears = [(name, tuple(m.weight.shape)) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    plan(linears, recipe, device="cuda").apply(block, "transformer_blocks.0", measure=False)
+    shapes = [(name, tuple(linear.weight.shape)) for name, linear in linears(model).items()]
+    planned = plan(shapes, recipe, device="cuda")
+    for name, linear in linears(block).items():
+        scheme = planned.choices[f"transformer_blocks.0.{name}"].scheme
+        if scheme is not None:
+            quantize_(linear, torchao_config(scheme), filter_fn=lambda *_: True)
 
 
 def diffusers_block(preset: str, tokens: int | None = None, batch: int = BATCH) -> tuple[Any, Any]:
