@@ -51,7 +51,7 @@ def table_of(results: Found, chosen: Sequence[Case]) -> str:
     header = (
         "step", "ms", "p20–p80", "× compiled", "× eager", "TFLOP/s", "% ceiling", "GiB", "cold s", "warm s", "error"
     )  # fmt: skip
-    state = " (changed)" if here["dirty"] else ""
+    state = (" (changed)" if here["dirty"] else "") + _toy(chosen)
     sections = [
         "\n".join(_not_timed(results)),
         table(("attention alone", "TFLOP/s", "ms", "error"), kernels) if kernels else "",
@@ -79,6 +79,10 @@ def write(results: Found, chosen: Sequence[Case], out: Path) -> list[str]:
         writer.writeheader()
         writer.writerows(rows(results, chosen))
     return [f"results: {out}", *_plots(results, chosen, out)]
+
+
+def _toy(chosen: Sequence[Case]) -> str:
+    return " — TOY SIZES, THE TIMES MEAN NOTHING" if any(case.quick for case in chosen) else ""
 
 
 def _row(case: Case, result: Found, found: Mapping[str, Found], ceiling: float | None) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def _plots(results: Found, chosen: Sequence[Case], out: Path) -> list[str]:
     timed = [row for row in rows(results, chosen) if row["ms_p50"] is not None]
     bars = [(row["case"], _interval(row), "ours" if row["owner"] == OURS else "peer") for row in timed
             if row["ratio_to_compiled_peer"]]  # fmt: skip
-    device = results["environment"]["device"]
+    device = results["environment"]["device"] + _toy(chosen)
     lines = []
     if bars:
         label = "time of a step, diffusers with torch.compile = 1 (20 % and 80 % of the steps)"

@@ -93,6 +93,7 @@ def test_results_end_with_a_table_and_lie_in_files(ran: Ran) -> None:
     lines = ran.text.splitlines()
     assert "error: relative, of one layer's model, against fp32" in ran.text.split("\n\n")[-1]
     assert any(line.startswith("tiny/ours/sdpa/block ") for line in lines[-12:])
+    assert "THE TIMES MEAN NOTHING" in ran.text  # nobody shall take them for a result
     assert "UNSUPPORTED here: tiny/diffusers/model/fp8-row, attention/tiny/sdpa-cudnn" in lines
     assert {path.name for path in ran.out.iterdir()} == {
         "results.json", "results.csv", "ceilings.json", "ratios.png", "kernels.png", "roofline.png"
