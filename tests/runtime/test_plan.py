@@ -278,3 +278,32 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
         choose_plan("triles", config)
     with pytest.raises(PlanError, match="attention_plan is a int"):
         choose_plan(7, config)  # type: ignore[arg-type]
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_compiled_plan_on_a_gpu_is_the_mask_written_out(name: str) -> None:
+    """In blocks of 128, bf16; from dense to sparse without a recompile, and without waiting for the timestep."""
+    planned, plain = models(sample_height=32, sample_width=48, sample_frames=25)
+    plan = BUILT_IN[name](planned.config)
+    arguments = at(inputs(plain.config, batch=1, frames=7), 500)
+    mask = written_out(dataclasses.replace(plan, choice=tuple(row * 2 for row in plan.choice)), plain, arguments)
+    assert mask.double().mean() < 0.9
+    exact = call(plain, arguments | {"attention_kwargs": {"attention_mask": mask}})
+    planned.to("cuda", torch.bfloat16).set_attention_plan(plan)
+    compile_model(planned, CompileConfig())
+    half = {key: value.cuda() for key, value in arguments.items()}
+    half |= {key: half[key].bfloat16() for key in ("hidden_states", "encoder_hidden_states")}
+    with watch_compilation() as stats:
+        call(planned, half | {"timestep": torch.tensor([999], device="cuda")})
+        output = call(planned, half)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert relative_error(output.cpu(), exact) <= 0.03
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(planned, half)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
