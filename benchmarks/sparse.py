@@ -220,6 +220,7 @@ def draw(rows: Sequence[Row], path: Path, *, device: str) -> None:
     for name, mark in marks.items():
         points = [row for row in rows if row.case == f"{name}, 5b"]
         second.plot([row.kept for row in points], [row.values["error"] for row in points], mark, ms=4, label=name)
+    second.set_yscale("log")
     second.set_title("error of a head, synthetic, 5b", fontsize=8)
     second.legend(fontsize=7, frameon=False)
     small = [row for row in rows if row.case == "tiny" and row.kept < 1]
