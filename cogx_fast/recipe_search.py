@@ -9,8 +9,9 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,7 @@ def find_recipe(
     state_path: Path,
     schemes: Sequence[str] = DEFAULT_SCHEMES,
     base: str | os.PathLike[str] | Recipe = BASE,
+    by_kind: bool = False,
     on_measured: Callable[[int, int], None] | None = None,
     on_mix: Callable[[int], None] | None = None,
 ) -> Outcome:
@@ -150,6 +152,8 @@ def find_recipe(
         state_path: where what was measured is kept.
         schemes: to choose from; those that the device cannot run are left out.
         base: which linears are searched over.
+        by_kind: give the same linear of all blocks the same scheme: fewer measurements, and a recipe that fits a model
+            of any depth.
         on_measured: told (done, of all) after each linear and scheme.
         on_mix: told the number of mixes measured.
 
@@ -163,32 +167,47 @@ def find_recipe(
     planned = quant.plan(model, base_recipe)
     searched = tuple(fqn for fqn, choice in planned.choices.items() if choice.scheme is not None)
     usable = [scheme for scheme in schemes if _runs_on(scheme, device)]
+    groups: dict[str, list[str]] = {}
+    for fqn in searched:
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", fqn, count=1) if by_kind else fqn, []).append(fqn)
     candidates = {
-        fqn: [scheme for scheme in usable if sensitivity.is_measurable(scheme, model, fqn)] for fqn in searched
+        name: [scheme for scheme in usable if all(sensitivity.is_measurable(scheme, model, fqn) for fqn in members)]
+        for name, members in groups.items()
     }
     if not any(candidates.values()):
         raise SearchError(f"none of {', '.join(schemes)} can be measured here and run on {device.name}")
-    state = State.open(state_path, _key(model, samples, base_recipe, schemes))
+    state = State.open(state_path, _key(model, samples, base_recipe, [*schemes, str(by_kind)]))
 
     def measured(done: int, of_all: int) -> None:
         state.save()
         if on_measured is not None:
             on_measured(done, of_all)
 
-    errors = sensitivity.measure(model, samples, candidates, base_recipe, known=state.errors, on_measured=measured)
+    errors = sensitivity.measure(
+        model, samples, candidates, base_recipe, members=groups, known=state.errors, on_measured=measured
+    )
     expected = sensitivity.references(model, samples)
+
+    def by_linear(mix: Mix) -> dict[str, str]:
+        return {fqn: scheme for name, scheme in mix.items() for fqn in groups[name]}
 
     def evaluate(mix: Mix) -> float:
         key = json.dumps(sorted(mix.items()))
         if key not in state.mixes:
-            state.mixes[key] = sensitivity.prediction_error(model, mix, samples, expected, base_recipe)
+            state.mixes[key] = sensitivity.prediction_error(model, by_linear(mix), samples, expected, base_recipe)
             state.save()
         if on_mix is not None:
             on_mix(len(state.mixes))
         return state.mixes[key]
 
-    cost = estimated_cost(model, tokens, device)
+    of_linear = estimated_cost(model, tokens, device)
+
+    def cost(name: str, scheme: str | None) -> float:
+        return sum(of_linear(fqn, scheme) for fqn in groups[name])
+
     found = search.search(search.order_moves(errors, cost), cost, evaluate, budget=10 ** (-budget_db / 10))
+    tried = tuple(replace(each, mix=by_linear(each.mix)) for each in found.tried)
+    found = search.Found(best=replace(found.best, mix=by_linear(found.best.mix)), tried=tried)
     recipe = search.to_recipe(base_recipe, found.best, searched, name=name, model=model_name, budget_db=budget_db)
     quant.plan(model, recipe)  # it fits the model, line by line
     return Outcome(
@@ -196,7 +215,7 @@ def find_recipe(
         found=found,
         errors=errors,
         searched=searched,
-        unquantized_seconds=sum(cost(fqn, None) for fqn in searched),
+        unquantized_seconds=sum(cost(name, None) for name in groups),
     )
 
 

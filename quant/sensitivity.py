@@ -1,4 +1,4 @@
-"""What each linear's quantization does to the model's output, measured on calibration inputs, one linear at a time."""
+"""What quantization does to the model's output, measured on calibration inputs: one linear, or one kind, at a time."""
 
 from __future__ import annotations
 
@@ -121,6 +121,7 @@ def measure(
     candidates: Mapping[str, Sequence[str]],
     recipe: Recipe,
     *,
+    members: Mapping[str, Sequence[str]] | None = None,
     known: MutableMapping[tuple[str, str], Errors] | None = None,
     call: Call = call_transformer,
     on_measured: Callable[[int, int], None] | None = None,
@@ -132,6 +133,7 @@ def measure(
         samples: calibration inputs (``quant.calibration``).
         candidates: for each linear the schemes to try, emulated where they cannot run.
         recipe: named in errors.
+        members: where several linears are quantized together: their names, by the name in ``candidates``.
         known: what was measured before; it is added to, and not measured again.
         call: how the model is called.
         on_measured: told (done, of all) after each.
@@ -143,8 +145,9 @@ def measure(
         QuantError: a name that is no linear, or a scheme that cannot run here.
     """
     known = {} if known is None else known
+    members = {name: [name] for name in candidates} if members is None else members
     names = {name for name, _ in linears(model)}
-    strange = sorted(set(candidates) - names)
+    strange = sorted({name for group in candidates for name in members[group]} - names)
     if strange:
         raise QuantError(f"{strange[0]} is no linear of the model")
     wanted = [(name, scheme) for name, schemes in candidates.items() for scheme in schemes]
@@ -152,30 +155,35 @@ def measure(
     for done, (name, scheme) in enumerate(wanted, start=1):
         if (name, scheme) not in known:
             expected = references(model, samples, call) if expected is None else expected
-            known[name, scheme] = _measure_one(model, name, scheme, samples, expected, recipe, call)
+            known[name, scheme] = _measure_one(model, members[name], scheme, samples, expected, recipe, call)
         if on_measured is not None:
             on_measured(done, len(wanted))
     return known
 
 
 def _measure_one(
-    model: nn.Module, name: str, scheme: str, samples: Sequence[Sample], expected: Sequence[Tensor], recipe: Recipe,
-    call: Call,
+    model: nn.Module, names: Sequence[str], scheme: str, samples: Sequence[Sample], expected: Sequence[Tensor],
+    recipe: Recipe, call: Call,
 ) -> Errors:  # fmt: skip
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    weight, bias = module.weight, module.bias
     sums = torch.zeros(2, dtype=torch.float64)
 
-    def compare(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        right = apply_linear(inputs[0], weight, bias).double()
-        sums.add_(torch.stack([(output.double() - right).square().sum(), right.square().sum()]).cpu())
+    def watch(name: str) -> Any:
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        weight, bias = module.weight, module.bias
 
-    handle = module.register_forward_hook(compare)
+        def compare(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            right = apply_linear(inputs[0], weight, bias).double()
+            sums.add_(torch.stack([(output.double() - right).square().sum(), right.square().sum()]).cpu())
+
+        return module.register_forward_hook(compare)
+
+    handles = [watch(name) for name in names]
     try:
-        error = prediction_error(model, {name: scheme}, samples, expected, recipe, call)
+        error = prediction_error(model, dict.fromkeys(names, scheme), samples, expected, recipe, call)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return Errors(own=_ratio(*sums.tolist()), prediction=error)
 
 

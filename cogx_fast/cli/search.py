@@ -33,6 +33,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--schemes", default="int8-dynamic,fp8-dynamic,int8-weight-only,fp8-weight-only",
         help="to choose from (default: %(default)s); emulated where they cannot run here",
     )  # fmt: skip
+    group.add_argument(
+        "--by-kind", action="store_true", help="all blocks alike: quicker, and a recipe that fits any depth of model"
+    )
     group.add_argument("--for-device", default="h100", help="whose ceilings estimate the time (default: %(default)s)")
     group.add_argument(
         "--check", action=argparse.BooleanOptionalAction, default=True, help="compare a video made with the recipe"
@@ -80,6 +83,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         device=device,
         state_path=out.with_suffix(".search.json"),
         schemes=[scheme.strip() for scheme in arguments.schemes.split(",")],
+        by_kind=arguments.by_kind,
         on_measured=measured,
         on_mix=lambda number: progress.stage(f"measuring mix {number}"),
     )
@@ -164,7 +168,10 @@ def _report(arguments: argparse.Namespace, outcome: Outcome, model: Any, samples
             "scheme": scheme,
             "output_sqnr_db": finite_db(errors.own),
             "noise_sqnr_db": finite_db(errors.prediction),
-            "chosen": outcome.found.best.mix.get(fqn) == scheme,
+            "chosen": any(
+                mixed == scheme and fqn in (linear, re.sub(r"\.\d+\.", ".*.", linear, count=1))
+                for linear, mixed in outcome.found.best.mix.items()
+            ),
         }
         for (fqn, scheme), errors in outcome.errors.items()
     ]

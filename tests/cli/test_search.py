@@ -11,8 +11,10 @@ from PIL import Image
 
 import quant
 from cogx_fast import recipe_search
+from cogx_fast.runtime.module import CogVideoXModel
 from quant import sensitivity
 from tests.conftest import report, run_cli
+from tests.support import small
 
 OPTIONS = ("--steps", "2", "--samples", "2", "--schemes", "int8-dynamic,int8-weight-only", "--device", "cpu")
 
@@ -57,9 +59,9 @@ def test_a_search_goes_on_where_it_was(
     measured: list[str] = []
     measure_one = sensitivity._measure_one
 
-    def spy(model: Any, name: str, scheme: str, *arguments: Any) -> Any:
-        measured.append(f"{name}|{scheme}")
-        return measure_one(model, name, scheme, *arguments)
+    def spy(model: Any, names: list[str], scheme: str, *arguments: Any) -> Any:
+        measured.append(f"{names[0]}|{scheme}")
+        return measure_one(model, names, scheme, *arguments)
 
     monkeypatch.setattr(sensitivity, "_measure_one", spy)
     monkeypatch.setattr(recipe_search, "calibrate", lambda *_, **__: pytest.fail("the inputs were kept"))
@@ -83,6 +85,21 @@ def test_what_belongs_to_another_search_is_not_mixed_in(searched: tuple[Path, di
     other.with_suffix(".search.json").write_text("{")
     done = search(other)
     assert (done.status, "not what a search left behind" in done.err) == (2, True)
+
+
+def test_all_blocks_alike_make_a_recipe_for_any_depth(searched: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    for path in searched[0].parent.glob("*.calibration.safetensors"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    found = report(search(tmp_path / searched[0].name, "--by-kind", "--no-check"))
+    assert {each["linear"] for each in found["linears"]} == {
+        f"transformer_blocks.*.{name}" for name in ("attn1.to_qkv", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+    }
+    assert found["best"]["noise_sqnr_db"] >= 38
+    chosen = [each for each in found["linears"] if each["chosen"]]
+    assert found["best"]["quantized"] == 6 * len(chosen) > 0
+    deeper = CogVideoXModel(small("5b", num_layers=3))
+    planned = quant.plan(deeper, tmp_path / searched[0].name).choices
+    assert sum(choice.scheme is not None for choice in planned.values()) == 3 * len(chosen)
 
 
 def test_bad_options_are_named(tmp_path: Path) -> None:
