@@ -205,7 +205,7 @@ def _plot(report: dict[str, Any], path: Path) -> str | None:
 def _render(report: dict[str, Any]) -> str:
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for each in report["linears"]:
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", each["linear"], count=1)
+        name = re.sub(r"(?<=transformer_blocks\.)\d+", "*", each["linear"])
         kinds.setdefault((name, each["scheme"]), []).append(each)
     linears = table(
         ("linear", "scheme", "output", "noise, worst", "noise, median", "chosen"),
