@@ -84,7 +84,7 @@ def choose_attention(shape: Shape, dtype: torch.dtype, device: torch.device, *, 
 
 def _measure(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, compiled: bool) -> float | str:
     """Median milliseconds of one attention, or why it failed."""
-    from cogx_fast.runtime.compile import _own
+    from cogx_fast.runtime.engine import own
 
     before = torch.nn.attention.current_flash_attention_impl()
     try:
@@ -97,7 +97,7 @@ def _measure(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, 
             return attend(q, k, v, backend=name, mask=mask)
 
         # with code of its own, else many measurements in one process would count as recompilations of one function
-        timed = torch.compile(_own(run), fullgraph=True, dynamic=False) if compiled else run
+        timed = torch.compile(own(run), fullgraph=True, dynamic=False) if compiled else run
         with torch.no_grad():
             return _median_ms(lambda: timed(q, k, v), device)
     except (RuntimeError, ValueError, ImportError) as error:  # RuntimeError: torch's, Inductor's, out of memory

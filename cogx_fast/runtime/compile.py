@@ -1,26 +1,21 @@
-"""Compilation: the only owner of torch._dynamo and torch._inductor. No flag is set globally."""
+"""Compilation: how a model is compiled. No flag of torch is set globally."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-import time
-import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from cogx_fast.model.products import is_int8_dynamic
-from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.cache import Recorder
+from cogx_fast.runtime.engine import Engine
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.watch import CompilationStats, RecompileError, RecompileWarning, watch_compilation
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
-
-_serial = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +23,23 @@ class CompileConfig:
     """How a model is compiled. Always as one graph: a graph break is an error, never a silent slow-down.
 
     Raises:
-        ValueError: an unknown scope or mode.
+        ValueError: an unknown scope or mode, or options that do not go together.
     """
 
     scope: Literal["block", "model"] = "block"
     """``block``: the block is compiled once and used for every layer; embedding and head run as they are. ``model``:
-    the whole forward is one graph; compile time grows with the layers."""
+    the whole forward is one graph, in which the block is a region that is compiled once (quantized blocks, which
+    torch's regions do not take: once for each layer)."""
     mode: str | None = None
-    """One of torch.compile's modes; None is ``max-autotune-no-cudagraphs`` on CUDA and ``default`` elsewhere."""
-    dynamic: bool | None = None
-    """None: sizes are fixed at first and become symbolic when they change; True: symbolic at once; False: fixed."""
+    """One of torch.compile's modes; None is ``max-autotune-no-cudagraphs`` on CUDA and ``default`` elsewhere.
+    ``reduce-overhead`` and ``max-autotune`` record CUDA graphs, for which the scope must be ``model``."""
+    dynamic: bool = True
+    """True: sizes are symbolic from the start, so one graph holds for all. False: each size is compiled apart."""
+    strict: bool = False
+    """A recompile is a ``RecompileError``; otherwise a ``RecompileWarning`` says which input caused it."""
+    unrolled: bool = False
+    """With the scope ``model``: every layer is compiled on its own into the graph, so that the last addition of a block
+    joins the next one's norm; compile time grows with the layers."""
     backend: str = "inductor"
     """The torch.compile backend; others than ``inductor`` take no mode or options."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -50,6 +52,18 @@ class CompileConfig:
             raise ValueError(f"mode is {self.mode!r}, expected None or one of {', '.join(MODES)}")
         if self.backend != "inductor" and (self.mode or self.options):
             raise ValueError(f"backend {self.backend!r} takes no mode or options: leave them out or use 'inductor'")
+        if self.unrolled and self.scope != "model":
+            raise ValueError("unrolled=True is for the whole model: use scope='model', or leave it out")
+        if self.cuda_graphs and self.scope == "block":
+            raise ValueError(
+                f"{self.mode or 'triton.cudagraphs'} records CUDA graphs, of which scope 'block' would make one for "
+                "every layer, each with copies of its inputs: use scope='model', or mode='max-autotune-no-cudagraphs'"
+            )
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether calls on CUDA are recorded and replayed."""
+        return bool(self.options.get("triton.cudagraphs", self.mode in ("reduce-overhead", "max-autotune")))
 
 
 def compile_model(
@@ -58,7 +72,7 @@ def compile_model(
     """Make ``model`` run compiled from its next call on, which compiles. Again with another config replaces the first.
 
     Args:
-        model: changed in place; its modules, names and weights stay as they are.
+        model: changed in place; its modules, names and weights stay as they are. Quantize it first.
         config: scope and options.
         compiler: in ``torch.compile``'s place, to watch it (``runtime.explain``).
 
@@ -72,35 +86,28 @@ def compile_model(
     if config.backend == "inductor":
         int8 = any(map(is_int8_dynamic, model.modules()))
         model._recorder = Recorder(config, _inductor_options(config, model.device, int8=int8))
-    backend = model._recorder or config.backend
-    compiled = functools.partial(compiler, fullgraph=True, dynamic=config.dynamic, backend=backend)
-    if config.scope == "model":
-        model._compiled = functools.partial(compiled(_own(CogVideoXTransformer.forward)), model)
-    else:
-        forward = compiled(_own(Block.forward))
-        for block in model.transformer_blocks:
-            block.forward = functools.partial(forward, block)
+    compile = functools.partial(
+        compiler,
+        fullgraph=True,
+        dynamic=None if config.dynamic else False,  # which sizes are symbolic is marked on the inputs
+        backend=model._recorder or config.backend,
+    )
+    model._compiled = Engine(
+        model,
+        compile,
+        whole=config.scope == "model",
+        nested=not config.unrolled,
+        dynamic=config.dynamic,
+        strict=config.strict,
+        cuda_graphs=config.cuda_graphs and model.device.type == "cuda",
+    )
 
 
 def uncompile_model(model: CogVideoXModel) -> None:
     """Make ``model`` run eagerly again."""
+    if isinstance(model._compiled, Engine):
+        model._compiled.remove()
     model._compiled = model._recorder = model._compile_backend = model._compile_config = None
-    for block in model.transformer_blocks:
-        block.__dict__.pop("forward", None)
-
-
-def _own(function: types.FunctionType | Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object and a name of its own.
-
-    Dynamo keeps what it compiled and counts recompiles by code object, and remembers which sizes changed by the
-    function's name: so each model has its own, and none starts with the limits or sizes of another of the process.
-    """
-    assert isinstance(function, types.FunctionType)
-    name = f"{function.__name__}_{next(_serial)}"
-    code = function.__code__.replace(co_name=name)
-    copy = types.FunctionType(code, function.__globals__, name, None, function.__closure__)
-    copy.__kwdefaults__, copy.__defaults__ = function.__kwdefaults__, function.__defaults__
-    return copy
 
 
 INT8_OPTIONS: Mapping[str, Any] = {"max_autotune_gemm_backends": "TRITON", "epilogue_fusion_first": True}
@@ -116,47 +123,13 @@ def _inductor_options(config: CompileConfig, device: torch.device, *, int8: bool
     return {**list_mode_options(mode), **(INT8_OPTIONS if is_scaled else {}), **config.options}
 
 
-@dataclass
-class CompilationStats:
-    """What torch compiled while it was watched."""
-
-    graphs: int = 0
-    """Graphs captured, first ones and recompiled ones."""
-    breaks: int = 0
-    """Graph breaks."""
-    recompiles: int = 0
-    """Compilations of code that had been compiled before, for other inputs."""
-    seconds: float = 0.0
-    """Wall-clock seconds spent compiling."""
-
-
-@contextmanager
-def watch_compilation() -> Iterator[CompilationStats]:
-    """Count what torch compiles inside the ``with`` block, in this process; the numbers are there when it ends."""
-    from torch._dynamo.callback import CallbackArgs, callback_handler
-    from torch._dynamo.utils import counters
-
-    stats = CompilationStats()
-    started: list[float] = []
-    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-
-    def start(args: CallbackArgs) -> None:
-        started.append(time.perf_counter())
-        frame_compile_id = args.compile_id.rsplit("/", 1)[-1].split("_")[0]
-        stats.recompiles += frame_compile_id.isdigit() and int(frame_compile_id) > 0
-
-    def end(args: CallbackArgs) -> None:
-        stats.seconds += time.perf_counter() - started.pop()
-
-    callback_handler.register_start_callback(start)
-    callback_handler.register_end_callback(end)
-    try:
-        yield stats
-    finally:
-        callback_handler.remove_start_callback(start)
-        callback_handler.remove_end_callback(end)
-        stats.graphs = counters["stats"]["unique_graphs"] - graphs
-        stats.breaks = sum(counters["graph_break"].values()) - breaks
-
-
-__all__ = ["MODES", "CompilationStats", "CompileConfig", "compile_model", "uncompile_model", "watch_compilation"]
+__all__ = [
+    "MODES",
+    "CompilationStats",
+    "CompileConfig",
+    "RecompileError",
+    "RecompileWarning",
+    "compile_model",
+    "uncompile_model",
+    "watch_compilation",
+]

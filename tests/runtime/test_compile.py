@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from cogx_fast.config import TransformerConfig
-from cogx_fast.runtime.compile import CompileConfig, compile_model, uncompile_model, watch_compilation
+from cogx_fast.runtime.compile import (
+    CompileConfig,
+    RecompileWarning,
+    compile_model,
+    uncompile_model,
+    watch_compilation,
+)
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.support import inputs, relative_error, small
 
@@ -122,10 +128,11 @@ def test_compiling_changes_no_name_or_weight() -> None:
 
 def test_watch_sees_a_recompile_for_another_size() -> None:
     model = make(small("5b", num_layers=1))
-    compile_model(model, CompileConfig(backend="eager"))
+    compile_model(model, CompileConfig(backend="eager", dynamic=False))
     with watch_compilation() as stats:
         call(model, inputs(model.config))
-        call(model, inputs(model.config, height=8))
+        with pytest.warns(RecompileWarning):
+            call(model, inputs(model.config, height=8))
     assert stats.recompiles == 1
     assert stats.graphs == 2
 
@@ -150,6 +157,9 @@ def test_a_graph_break_is_an_error_not_a_slow_down(monkeypatch: pytest.MonkeyPat
     [
         ({"scope": "layer"}, "scope is 'layer'"),
         ({"mode": "fastest"}, "mode is 'fastest'"),
+        ({"mode": "max-autotune"}, "max-autotune records CUDA graphs.*use scope='model'"),
+        ({"options": {"triton.cudagraphs": True}}, "records CUDA graphs.*use scope='model'"),
+        ({"unrolled": True}, "use scope='model'"),
         ({"backend": "eager", "mode": "default"}, "takes no mode"),
         ({"backend": "eager", "options": {"max_autotune": True}}, "takes no mode"),
     ],
