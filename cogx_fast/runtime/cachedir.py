@@ -24,6 +24,12 @@ class CacheDirectory:
 
     def __init__(self) -> None:
         self._temporary: str | None = None
+        chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        if chosen:  # torch makes it when its compiler is imported
+            try:
+                os.makedirs(chosen, exist_ok=True)
+            except OSError as error:
+                self._replace(str(error))
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -54,15 +60,18 @@ class CacheDirectory:
             reason = storage_error(error)
             if reason is None or self._temporary is not None:
                 raise
+        self._replace(reason)
+        with self.used():
+            return run(*arguments)
+
+    def _replace(self, reason: str) -> None:
         self._temporary = tempfile.mkdtemp(prefix="cogx_fast_compiled_")
         atexit.register(shutil.rmtree, self._temporary, ignore_errors=True)
         warnings.warn(
             f"torch's cache directory cannot be written to ({reason}): compiled code goes to a temporary directory and "
             "the next process compiles again. Set TORCHINDUCTOR_CACHE_DIR to a directory with space that is yours",
-            stacklevel=2,
+            stacklevel=3,
         )
-        with self.used():
-            return run(*arguments)
 
 
 def storage_error(error: BaseException | None) -> str | None:

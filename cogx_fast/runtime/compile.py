@@ -11,6 +11,7 @@ import torch
 
 from cogx_fast.model.products import is_int8_dynamic
 from cogx_fast.runtime.cache import Recorder
+from cogx_fast.runtime.cachedir import CacheDirectory
 from cogx_fast.runtime.engine import Engine
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.watch import CompilationStats, RecompileError, RecompileWarning, watch_compilation
@@ -83,24 +84,27 @@ def compile_model(
     if model.attention_plan is not None:
         model.attention_plan.check_compiler(config.backend)
     model._compile_config, model._compile_backend = config, config.backend
-    if config.backend == "inductor":
-        int8 = any(map(is_int8_dynamic, model.modules()))
-        model._recorder = Recorder(config, _inductor_options(config, model.device, int8=int8))
-    compile = functools.partial(
-        compiler,
-        fullgraph=True,
-        dynamic=None if config.dynamic else False,  # which sizes are symbolic is marked on the inputs
-        backend=model._recorder or config.backend,
-    )
-    model._compiled = Engine(
-        model,
-        compile,
-        whole=config.scope == "model",
-        nested=not config.unrolled,
-        dynamic=config.dynamic,
-        strict=config.strict,
-        cuda_graphs=config.cuda_graphs and model.device.type == "cuda",
-    )
+    directory = CacheDirectory()
+    with directory.used():
+        if config.backend == "inductor":
+            int8 = any(map(is_int8_dynamic, model.modules()))
+            model._recorder = Recorder(config, _inductor_options(config, model.device, int8=int8))
+        compile = functools.partial(
+            compiler,
+            fullgraph=True,
+            dynamic=None if config.dynamic else False,  # which sizes are symbolic is marked on the inputs
+            backend=model._recorder or config.backend,
+        )
+        model._compiled = Engine(
+            model,
+            compile,
+            whole=config.scope == "model",
+            nested=not config.unrolled,
+            dynamic=config.dynamic,
+            strict=config.strict,
+            cuda_graphs=config.cuda_graphs and model.device.type == "cuda",
+            cache_directory=directory,
+        )
 
 
 def uncompile_model(model: CogVideoXModel) -> None:

@@ -46,6 +46,7 @@ class Engine:
         dynamic: sizes are symbolic.
         strict: a recompile is an error.
         cuda_graphs: the call is recorded and replayed: batch is an ordinary symbol, outputs are copied.
+        cache_directory: where torch keeps what it compiles.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class Engine:
         dynamic: bool,
         strict: bool,
         cuda_graphs: bool,
+        cache_directory: CacheDirectory,
     ) -> None:
         self._model = model
         self._dynamic, self._strict, self._cuda_graphs = dynamic, strict, cuda_graphs
         self._call: Call | None = None
         self._earlier: list[Call] = []
-        self._cache_directory = CacheDirectory()
+        self._is_one_apart = cuda_graphs or _quantizes_activations(model)
+        self._cache_directory = cache_directory
         self._whole = compile(own(CogVideoXTransformer.forward)) if whole else None
         kinds: dict[Any, Callable[..., Any]] = {}
         for block in model.transformer_blocks:
@@ -145,16 +148,18 @@ class Engine:
         """Have torch take these dimensions as symbols when it compiles; ``batch``: dimension 0 is B.
 
         An ordinary symbol is never 1: torch compiles sizes of 1 apart. So B is an unbacked one, which holds for 1 too
-        (measured: benchmarks/NOTES.md). CUDA graphs are not recorded with unbacked symbols; there B = 1 is apart.
+        (measured: benchmarks/NOTES.md). CUDA graphs are not recorded with unbacked symbols, and torchao's quantization of
+        activations does not trace with them; there B = 1 is apart.
         """
         if not self._dynamic:
             return
         from torch._dynamo.decorators import mark_dynamic, mark_unbacked
+        from torch._subclasses.fake_tensor import FakeTensor
 
         for tensor in tensors:
-            if tensor is None:
+            if tensor is None or type(tensor) is FakeTensor:  # without values (explain): its sizes are what they are
                 continue
-            if batch and not self._cuda_graphs:
+            if batch and not self._is_one_apart:
                 mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch")
             elif batch:
                 mark_dynamic(tensor, 0)
@@ -176,14 +181,14 @@ class Engine:
     @contextmanager
     def _session(self, call: Call) -> Iterator[None]:
         """What holds during a call, and only then: torch's flags, the progress line, the cache directory."""
-        import torch._dynamo.config as dynamo
-
         self._call = call
         flags = {"error_on_recompile": True, "recompile_limit": _RECOMPILE_LIMIT}
         what = "the model" if self._whole else "the block"
         with ExitStack() as stack:
-            stack.enter_context(dynamo.patch(flags))
             stack.enter_context(self._cache_directory.used())
+            import torch._dynamo.config as dynamo
+
+            stack.enter_context(dynamo.patch(flags))
             stack.enter_context(show_progress(what))
             yield
             if call not in self._earlier:
@@ -282,6 +287,13 @@ def _kind_of_tensor(tensor: Tensor) -> tuple[Any, ...]:
         inner = ((name, getattr(tensor, name)) for name in names)
         kind += (repr(context), tuple((name, _kind_of_tensor(value)) for name, value in inner))
     return kind
+
+
+def _quantizes_activations(model: nn.Module) -> bool:
+    """Whether a weight is quantized in another way than torchao's weight-only ones, which say so."""
+    missing = object()
+    subclasses = (tensor for tensor in model.parameters() if hasattr(tensor, "__tensor_flatten__"))
+    return any(getattr(tensor, "act_quant_kwargs", missing) is not None for tensor in subclasses)
 
 
 def own(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ def _options(scheme: str | None, device: str, **config: Any) -> dict[str, Any]:
     ("scheme", "device", "mode", "wanted"),
     [
         ("int8-dynamic", "cuda", None, True),
-        ("int8-dynamic", "cuda", "max-autotune", True),
+        ("int8-dynamic", "cuda", "max-autotune-no-cudagraphs", True),
         ("int8-dynamic", "cuda", "default", False),
         ("int8-dynamic", "cpu", None, False),
         ("int8-weight-only", "cuda", None, False),
