@@ -148,8 +148,8 @@ class Engine:
         """Have torch take these dimensions as symbols when it compiles; ``batch``: dimension 0 is B.
 
         An ordinary symbol is never 1: torch compiles sizes of 1 apart. So B is an unbacked one, which holds for 1 too
-        (measured: benchmarks/NOTES.md). CUDA graphs are not recorded with unbacked symbols, and torchao's quantization of
-        activations does not trace with them; there B = 1 is apart.
+        (measured: benchmarks/NOTES.md). CUDA graphs are not recorded with unbacked symbols, nor does quantizing of
+        activations trace with them; there B = 1 is apart.
         """
         if not self._dynamic:
             return
