@@ -11,6 +11,7 @@ from typing import Literal
 from cogx_fast import costs
 from cogx_fast.config import PRESETS, TransformerConfig
 from cogx_fast.costs import Tokens
+from cogx_fast.runtime.plan import BUILT_IN
 
 OURS, DIFFUSERS = "ours", "diffusers"
 MODELS = ("5b", "2b", "1.5-5b")
@@ -47,6 +48,8 @@ class Case:
     """Of ours: a backend. Of the kind "attention": the same, or "flex" and a name from ``FLEX_OPTIONS``."""
     quant: str = ""
     """Of ours: a recipe. Of a peer: "fp8-row" or "int8-dynamic", torchao's own."""
+    attention_plan: str = ""
+    """Of ours: a built-in sparse plan."""
     scope: Literal["eager", "block", "model"] = "eager"
     """What is compiled."""
     quick: bool = False
@@ -121,6 +124,7 @@ def _steps(model: str, *, headline: bool, quick: bool, full: bool) -> list[Case]
     main = [by_backend.pop(name) for name in (first, "flex")]
     slowest = by_backend.pop(LAST)
     dynamic = [name for name in ("fp8-dynamic", "int8-dynamic") if name in recipes]
+    plans = [] if quick else list(BUILT_IN)  # what skips no blocks has no sparse plan
     rest = [] if quick else [name for name in recipes if name not in dynamic]
     found = [
         *main,
@@ -132,6 +136,7 @@ def _steps(model: str, *, headline: bool, quick: bool, full: bool) -> list[Case]
         case(OURS, few, attention=first, scope="model"),
         dataclasses.replace(main[0], name=f"{main[0].name}/again"),
         case(OURS, ours, attention=first, scope="eager"),
+        *(case(OURS, ours, attention="flex", attention_plan=name, scope="block") for name in plans),
         *(case(OURS, few, attention=first, scope="block", quant=name) for name in rest),
         slowest,
     ]

@@ -15,6 +15,7 @@ from cogx_fast import bench, load
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.backends import BACKENDS
 from cogx_fast.runtime.compile import CompileConfig
+from cogx_fast.runtime.plan import LAST_TIMESTEP
 
 DTYPE = torch.bfloat16
 BATCH = 2
@@ -42,9 +43,12 @@ def perturbed(model: nn.Module) -> Any:
     return model
 
 
-def arguments(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Random arguments of one call, the same every time."""
-    return bench.call_arguments(case.config, case.tokens, BATCH, dtype, device)
+def arguments(case: Case, dtype: torch.dtype, device: torch.device, *, dense: bool = False) -> dict[str, Any]:
+    """Random arguments of one call, the same every time; ``dense``: at a timestep where sparse plans are dense."""
+    found = bench.call_arguments(case.config, case.tokens, BATCH, dtype, device)
+    if dense and case.attention_plan:
+        found["timestep"] = torch.full_like(found["timestep"], int(LAST_TIMESTEP) - 1)
+    return found
 
 
 def prepare(case: Case, model: Any) -> Any:
@@ -63,7 +67,8 @@ def prepare(case: Case, model: Any) -> Any:
         if case.scope != "eager":
             compile_config = CompileConfig(scope=case.scope, backend="aot_eager" if case.quick else "inductor")
         try:
-            return load(model, attention=case.attention, compile=compile_config, **quant)
+            plan = case.attention_plan or None
+            return load(model, attention=case.attention, attention_plan=plan, compile=compile_config, **quant)
         except ValueError as error:
             if case.quant:  # a recipe says what it lacks before it touches a weight
                 raise UnsupportedError(str(error)) from error

@@ -16,7 +16,8 @@ from cogx_fast.timing import Interval
 
 Found = Mapping[str, Any]
 COLUMNS = (
-    "case", "status", "model", "owner", "attention", "quant", "scope", "extrapolated", "ms_p20", "ms_p50", "ms_p80",
+    "case", "status", "model", "owner", "attention", "attention_plan", "quant", "scope", "extrapolated", "ms_p20",
+    "ms_p50", "ms_p80",
     "ratio_to_compiled_peer", "ratio_to_eager_peer", "tflops", "share_of_bf16_ceiling", "peak_gib", "compile_cold_s",
     "compile_warm_s", "error_fp32", "error_diffusers", "seconds", "error",
 )  # fmt: skip
@@ -59,6 +60,7 @@ def table_of(results: Found, chosen: Sequence[Case]) -> str:
         table(header, steps) if steps else "no step was timed",
         f"{here['device']}, torch {here['torch']}, diffusers {here['diffusers']}, torchao {here['torchao']}, commit "
         f"{str(here['commit'])[:9]}{state}\n"
+        "TFLOP/s of a dense step: sparse plans do fewer.\n"
         "× : ratios of medians of processes that ran one after another. ~ : extrapolated from few layers.\n"
         "cold: first call of one layer's model; warm: of the first model timed, with the cache on disk.\n"
         "error: relative, of one layer's model, against fp32. % ceiling: of the bf16 products measured here.",
@@ -89,7 +91,13 @@ def _row(case: Case, result: Found, found: Mapping[str, Found], ceiling: float |
     seconds = result.get("seconds_step")
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {"case": case.name, "status": result["status"], "model": case.model, "owner": case.owner}
-    row |= {"attention": case.attention, "quant": case.quant, "scope": case.scope, "seconds": result["seconds"]}
+    row |= {
+        "attention": case.attention,
+        "attention_plan": case.attention_plan,
+        "quant": case.quant,
+        "scope": case.scope,
+        "seconds": result["seconds"],
+    }
     row |= {key: result.get(key) for key in ("error_fp32", "error_diffusers", "error")}
     row["compile_cold_s"] = result.get("first_call_cold")
     if seconds is not None:

@@ -16,8 +16,9 @@ import torch
 
 from benchmarks.environment import ROOT
 from benchmarks.gpu import __main__ as battery
-from benchmarks.gpu import cases, pool, report, steps, wheels, worker
+from benchmarks.gpu import cases, models, pool, report, steps, wheels, worker
 from cogx_fast.model.backends import BACKENDS
+from cogx_fast.runtime.plan import BUILT_IN
 from tests.conftest import run_cli
 
 STEPS = r"tiny/ours/sdpa/block$|tiny/diffusers/(eager|model|model/fp8-row)$"
@@ -124,6 +125,21 @@ def test_every_backend_and_recipe_is_in_the_plan(monkeypatch: pytest.MonkeyPatch
     assert next(case for case in planned if case.name == "5b/diffusers/model").extrapolated
     full = cases.plan(models=["5b"], quick=False, full=True)
     assert not next(case for case in full if case.name == "5b/diffusers/model").extrapolated
+
+
+def test_sparse_plans_are_right_where_they_are_dense_and_timed_where_they_are_sparse() -> None:
+    chosen = {case.name: case for case in cases.plan(models=["5b"], quick=False)}
+    case = chosen["5b/ours/flex/radial/block"]
+    assert (case.layers, case.attention_plan) == ((42,), "radial")
+    assert "5b/ours/flex/tiles/block" in chosen
+    case = dataclasses.replace(case, model="tiny", quick=True)
+    threshold = BUILT_IN["radial"](case.config).dense_above
+    cpu = torch.device("cpu")
+    assert models.arguments(case, torch.float32, cpu)["timestep"].max() < threshold
+    assert models.arguments(case, torch.float32, cpu, dense=True)["timestep"].min() >= threshold
+    upstream = models.upstream(case.config, torch.float32, cpu)
+    eager = dataclasses.replace(case, scope="eager")
+    assert models.prepare(eager, upstream).attention_plan == BUILT_IN["radial"](case.config)
 
 
 def test_the_sizes_are_the_real_ones() -> None:
