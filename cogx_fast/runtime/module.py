@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.attention import Mask, Rotary
+from cogx_fast.model.attention import Mask
 from cogx_fast.model.backends import BACKENDS, Backend, ready_backend
-from cogx_fast.model.masks import SparseBlocks, full_block_mask
-from cogx_fast.model.tables import Grid, join_rotary, rotary_tables, sincos_table
-from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
+from cogx_fast.model.masks import SparseBlocks
 from cogx_fast.runtime.choice import Choice
-from cogx_fast.runtime.plan import AttentionPlan, GridPlan
+from cogx_fast.runtime.inputs import InputPreparation, per_video
+from cogx_fast.runtime.plan import AttentionPlan
 from cogx_fast.runtime.quantized import follow_dtype
 
 if TYPE_CHECKING:
     from cogx_fast.runtime.explain import Explanation
 
-_TABLES_HELD = 8
 _UPSTREAM_PROCESSORS = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")
 
 
@@ -36,7 +32,7 @@ class TransformerOutput(NamedTuple):
     sample: Tensor
 
 
-class CogVideoXModel(CogVideoXTransformer):
+class CogVideoXModel(InputPreparation):
     """A CogVideoX transformer that is called as diffusers' ``CogVideoXTransformer3DModel`` is.
 
     It is built with uninitialised or random weights here; ``cogx_fast.load`` gives it real ones.
@@ -48,20 +44,12 @@ class CogVideoXModel(CogVideoXTransformer):
 
     def __init__(self, config: TransformerConfig, *, attention: str = "sdpa") -> None:
         super().__init__(config, attention=attention)
-        self._config = config
-        self._tables: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
-        self._plan: AttentionPlan | None = None
         self._compile_backend: str | None = None  # set by runtime.compile
         self.attention_choice: Choice | None = None
         """What ``load(attention="auto")`` chose, and why."""
         self._compiled: Callable[..., Tensor] | None = None  # set by runtime.compile in place of the traced forward
         self._recorder: Any = None  # what compiling made, where runtime.compile has it noted
         self._compile_config: Any = None  # and how
-
-    @property
-    def config(self) -> TransformerConfig:
-        """The configuration, readable as an object and as a mapping."""
-        return self._config
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +97,7 @@ class CogVideoXModel(CogVideoXTransformer):
         batch, text_len = encoder_hidden_states.shape[:2]
         device, dtype = hidden_states.device, hidden_states.dtype
         denoise = self._compiled or super().forward
-        timestep_B = _per_video("timestep", timestep, batch, device)
+        timestep_B = per_video("timestep", timestep, batch, device)
         rotary = self._rotary(grid, text_len, image_rotary_emb, device)
         position = self._positions(hidden_states.shape, grid, text_len, device, dtype)
         mask: Mask | SparseBlocks = self._mask(attention_kwargs, batch, text_len + math.prod(grid), device)
@@ -121,7 +109,7 @@ class CogVideoXModel(CogVideoXTransformer):
             hidden_states,
             encoder_hidden_states,
             timestep_B,
-            None if self.ofs_embedding is None else _per_video("ofs", ofs, batch, device),
+            None if self.ofs_embedding is None else per_video("ofs", ofs, batch, device),
             rotary,
             position,
             mask,
@@ -136,120 +124,12 @@ class CogVideoXModel(CogVideoXTransformer):
         follow_dtype(self, fn)
         return self
 
-    # -- inputs -------------------------------------------------------------------------------------------------------
-
-    def _check_inputs(self, latents: Tensor, text: Tensor, timestep_cond: Tensor | None, ofs: Any) -> Grid:
-        config = self.config
-        if latents.dim() != 5 or latents.shape[2] != config.in_channels:
-            raise ValueError(
-                f"hidden_states has shape {tuple(latents.shape)}, expected (batch, latent frames, "
-                f"{config.in_channels} channels, latent height, latent width)"
-            )
-        if text.dim() != 3 or text.shape[2] != config.text_embed_dim or text.shape[0] != latents.shape[0]:
-            raise ValueError(
-                f"encoder_hidden_states has shape {tuple(text.shape)}, expected (batch {latents.shape[0]}, "
-                f"text tokens, {config.text_embed_dim})"
-            )
-        if timestep_cond is not None:
-            raise ValueError("timestep_cond is given, but no CogVideoX model has a projection for it: pass None")
-        if self.ofs_embedding is not None and ofs is None:
-            raise ValueError(
-                "ofs is None, but this model (1.5 image-to-video) needs it: pass 2.0, as the pipeline does"
-            )
-        return config.grid(latents.shape[1], latents.shape[3], latents.shape[4])
-
-    def _rotary(
-        self, grid: Grid, text_len: int, given: tuple[Tensor, Tensor] | None, device: torch.device
-    ) -> Rotary | None:
-        if given is None and not self.config.use_rotary_positional_embeddings:
-            return None
-        if given is None:
-            return self._held(
-                ("rotary", grid, text_len, device),
-                lambda: join_rotary(*rotary_tables(self.config, grid, device), text_len),
-            )
-        expected = (math.prod(grid), self.config.attention_head_dim)
-        if len(given) != 2:
-            raise ValueError(f"image_rotary_emb has {len(given)} parts, expected two: (cos, sin)")
-        for table in given:
-            if tuple(table.shape) != expected:
-                raise ValueError(
-                    f"image_rotary_emb has a table of shape {tuple(table.shape)}, expected {expected}: one row for "
-                    f"each of the {' × '.join(map(str, grid))} patches, one column for each channel of a head"
-                )
-        cos, sin = given
-        return join_rotary(cos.to(device), sin.to(device), text_len)
-
-    def _positions(
-        self, latents_shape: torch.Size, grid: Grid, text_len: int, device: torch.device, dtype: torch.dtype
-    ) -> Tensor | None:
-        config = self.config
-        if config.use_rotary_positional_embeddings and not config.use_learned_positional_embeddings:
-            return None
-        if text_len > config.max_text_seq_length:
-            raise ValueError(
-                f"encoder_hidden_states has {text_len} text tokens, at most {config.max_text_seq_length} have positions"
-            )
-        if config.use_learned_positional_embeddings:
-            if tuple(latents_shape[3:]) != (config.sample_height, config.sample_width):
-                raise ValueError(
-                    f"latents are {latents_shape[3]} × {latents_shape[4]}, but the learned positions of this model are "
-                    f"for {config.sample_height} × {config.sample_width} only: generate at that size"
-                )
-            if (latents_shape[1] - 1) * config.temporal_compression_ratio + 1 == config.sample_frames:
-                learned: Tensor = self.patch_embed.pos_embedding  # type: ignore[assignment]  # a buffer
-                if text_len == config.max_text_seq_length:
-                    return learned
-                return torch.cat([learned[:, :text_len], learned[:, config.max_text_seq_length :]], dim=1)
-        return self._held(  # as upstream: sin-cos ones also where the learned ones have another length
-            ("sincos", grid, text_len, device, dtype),
-            lambda: torch.nn.functional.pad(sincos_table(config, grid, device).to(dtype), (0, 0, text_len, 0))[None],
-        )
-
-    def _mask(self, attention_kwargs: Mapping[str, Any] | None, batch: int, tokens: int, device: torch.device) -> Mask:
-        kwargs = dict(attention_kwargs or {})
-        kwargs.pop("scale", None)
-        mask = kwargs.pop("attention_mask", None)
-        if kwargs:
-            warnings.warn(
-                f"attention_kwargs {sorted(kwargs)} are not known and ignored; known are 'attention_mask' and 'scale'",
-                stacklevel=3,
-            )
-        if mask is not None and self._plan is not None:
-            raise ValueError("an attention_mask is given, but an attention plan is set, which is a mask: leave one out")
-        if mask is None:
-            takes_block_mask = any(BACKENDS[name].masks not in (None, Tensor) for name in self.attention_backends)
-            return self._held(("mask", device), lambda: full_block_mask(device)) if takes_block_mask else None
-        return _joint_mask(mask, batch, self.config.num_attention_heads, tokens)
-
-    def _planned(self, grid: Grid, text_len: int, device: torch.device) -> GridPlan | None:
-        if (plan := self._plan) is None:
-            return None
-        return self._held(("plan", grid, text_len, device), lambda: plan.on_grid(grid, text_len, device))
-
-    def _held(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """A table made once for each key; the oldest of more than a few are dropped."""
-        if torch.compiler.is_compiling():  # under the caller's own torch.compile a table is part of the graph
-            return make()
-        if key not in self._tables:
-            while len(self._tables) >= _TABLES_HELD:
-                self._tables.popitem(last=False)
-            with torch.inference_mode(False):  # made under inference mode it could not be trained with later
-                self._tables[key] = make()
-        self._tables.move_to_end(key)
-        return self._tables[key]
-
     # -- what else diffusers' model answers ----------------------------------------------------------------------------
 
     @contextmanager
     def cache_context(self, name: str, **_: Any) -> Any:
         """Pipelines enter it around each call; this model keeps nothing between calls, so it does nothing."""
         yield
-
-    @property
-    def attention_backends(self) -> dict[str, None]:
-        """Names of the attention backends in use, usually one."""
-        return dict.fromkeys(attention.backend for attention in self._attentions())
 
     @property
     def attn_processors(self) -> dict[str, Backend]:
@@ -304,9 +184,6 @@ class CogVideoXModel(CogVideoXTransformer):
             plan.check(self.config, self)
         self._plan = plan
         self._tables.clear()
-
-    def _attentions(self) -> Iterator[Attention]:
-        return (cast(Block, block).attn1 for block in self.transformer_blocks)
 
     def save_pretrained(
         self,
@@ -393,34 +270,6 @@ class CogVideoXModel(CogVideoXTransformer):
     def disable_gradient_checkpointing(self) -> None:
         """Keep every activation for the backward pass again."""
         self.gradient_checkpointing = False
-
-
-def _joint_mask(mask: Any, batch: int, num_heads: int, tokens: int) -> Tensor:
-    """An ``attention_mask`` of any of upstream's shapes as one that broadcasts to (B, N, S, S)."""
-    expected = (
-        f"expected a boolean or floating tensor of shape (B, S), (B, S, S) or (B · N, S, S) with B = {batch}, "
-        f"N = {num_heads}, S = {tokens} (text, then video tokens)"
-    )
-    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        raise ValueError(f"attention_mask is a {getattr(mask, 'dtype', type(mask).__name__)}, {expected}")
-    shape = tuple(mask.shape)
-    if mask.dim() == 2:
-        mask = mask[:, None, None]
-    elif mask.dim() == 3 and shape[0] == batch * num_heads:
-        mask = mask.unflatten(0, (batch, num_heads))
-    elif mask.dim() == 3:
-        mask = mask[:, None]
-    sizes = ((batch,), (1, num_heads), (1, tokens), (tokens,))
-    if mask.dim() != 4 or any(size not in allowed for size, allowed in zip(mask.shape, sizes, strict=True)):
-        raise ValueError(f"attention_mask has shape {shape}, {expected}")
-    return mask
-
-
-def _per_video(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
-    tensor = torch.as_tensor(value, device=device)
-    if tensor.dim() > 1 or tensor.numel() not in (1, batch):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected a number, (1,) or (batch {batch},)")
-    return tensor.reshape(-1).expand(batch)
 
 
 __all__ = ["CogVideoXModel", "TransformerOutput"]
