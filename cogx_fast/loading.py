@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -51,7 +51,6 @@ def load(
     local_files_only: bool = False,
     check_finite: bool = False,
     variant: str | None = None,
-    for_pipelines: bool | None = True,
 ) -> CogVideoXModel:
     """Load a CogVideoX transformer.
 
@@ -83,8 +82,6 @@ def load(
         local_files_only: take a hub id from the cache only.
         check_finite: refuse infinite and NaN weights; costs a pass over all of them.
         variant: the ``<variant>`` in ``diffusion_pytorch_model.<variant>.safetensors``.
-        for_pipelines: build the class that diffusers' pipelines take for their own, which imports diffusers where it is
-            installed (seconds); False: a plain module, called the same way; None: as diffusers is imported already.
 
     Returns:
         The model, in evaluation mode, its parameters with gradients enabled as diffusers' ``from_pretrained`` leaves
@@ -98,33 +95,23 @@ def load(
         ValueError: an attention backend that is not known or cannot run here; the message says what to do.
         QuantError: (a ValueError) a recipe that does not fit the model or cannot run here; before weights are read.
     """
-    wanted = None if dtype is None else read_dtype(dtype)
-    place = None if device is None else read_device(device)
-    if isinstance(source, nn.Module) and config is not None:
-        raise CheckpointError("config is given together with a live model, which has its own: leave it out")
-    if attention != "auto":
-        get_backend(attention)  # a wrong name fails before anything is read
-    if not isinstance(source, nn.Module | str | os.PathLike):
-        raise CheckpointError(_not_a_source(source))
     if compile_cache is not None and not compile:
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
-    home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
-    build = model_class(for_pipelines)
-    prepare = None if quant is None else partial(_prepare, recipe=quant, device=home)
-    if isinstance(source, nn.Module):
-        model = adopt(source, build, dtype=wanted, device=place, check_finite=check_finite, prepare=prepare)
-    else:
-        files = resolve(
-            tiny_pipeline_dir() if source == "tiny" else source,
-            config=config,
-            variant=variant,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        model = load_checkpoint(files, build, dtype=wanted, device=home, check_finite=check_finite, prepare=prepare)
-    model.eval()
-    _set_attention(model, attention, compiled=bool(compile), planned=attention_plan is not None)
+    model = load_weights(
+        source,
+        model_class(),
+        config=config,
+        dtype=dtype,
+        device=device,
+        attention="flex" if attention == "auto" and attention_plan is not None else attention,  # it takes plans
+        compiled=bool(compile),
+        quant=quant,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        check_finite=check_finite,
+        variant=variant,
+    )
     if attention_plan is not None:
         from cogx_fast.runtime.plan import choose_plan
 
@@ -139,6 +126,54 @@ def load(
             from cogx_fast.runtime.cache import load_compile_cache
 
             load_compile_cache(model, compile_cache)
+    return model
+
+
+def load_weights(
+    source: str | os.PathLike[str] | nn.Module,
+    build: type[CogVideoXModel],
+    *,
+    attention: str,
+    compiled: bool,
+    config: ConfigLike | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
+    quant: str | os.PathLike[str] | Recipe | None = None,
+    check_finite: bool = False,
+    **files: Any,
+) -> CogVideoXModel:
+    """``load`` up to where it is decided how the model runs.
+
+    Args:
+        source, config, dtype, device, quant, check_finite: as of ``load``.
+        build: the class (``runtime.upstream.model_class``).
+        attention: as of ``load``.
+        compiled: "auto" times attention as it runs compiled.
+        files: ``revision``, ``cache_dir``, ``local_files_only`` and ``variant`` of ``load``.
+
+    Returns:
+        The model, eager, in evaluation mode.
+
+    Raises:
+        As ``load``.
+    """
+    wanted = None if dtype is None else read_dtype(dtype)
+    place = None if device is None else read_device(device)
+    if isinstance(source, nn.Module) and config is not None:
+        raise CheckpointError("config is given together with a live model, which has its own: leave it out")
+    if attention != "auto":
+        get_backend(attention)  # a wrong name fails before anything is read
+    if not isinstance(source, nn.Module | str | os.PathLike):
+        raise CheckpointError(_not_a_source(source))
+    home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
+    prepare = None if quant is None else partial(_prepare, recipe=quant, device=home)
+    if isinstance(source, nn.Module):
+        model = adopt(source, build, dtype=wanted, device=place, check_finite=check_finite, prepare=prepare)
+    else:
+        found = resolve(tiny_pipeline_dir() if source == "tiny" else source, config=config, **files)
+        model = load_checkpoint(found, build, dtype=wanted, device=home, check_finite=check_finite, prepare=prepare)
+    model.eval()
+    _set_attention(model, attention, compiled=compiled)
     return model
 
 
@@ -200,10 +235,8 @@ def read_device(device: torch.device | str | int) -> torch.device:
         ) from None
 
 
-def _set_attention(model: CogVideoXModel, attention: str, *, compiled: bool, planned: bool) -> None:
-    if attention == "auto" and planned:
-        attention = "flex"  # which takes the masks of a plan
-    elif attention == "auto":
+def _set_attention(model: CogVideoXModel, attention: str, *, compiled: bool) -> None:
+    if attention == "auto":
         config = model.config
         tokens = count_tokens(config, default_video(config)).joint
         shape = (_GUIDED_BATCH, tokens, config.num_attention_heads, config.attention_head_dim)
@@ -222,4 +255,4 @@ def _not_a_source(source: object) -> str:
     return f"source is a {type(source).__name__}, expected a path, a hub id or a CogVideoX transformer{hint}"
 
 
-__all__ = ["load", "read_device", "read_dtype"]
+__all__ = ["load", "load_weights", "read_device", "read_dtype"]

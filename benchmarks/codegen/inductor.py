@@ -232,9 +232,11 @@ def compile_only(
         return _stand_in(outputs)
 
     def backend(graph: Any, inputs: Any) -> Any:
-        capture.sdpa_calls += sum(
-            node.target is torch.nn.functional.scaled_dot_product_attention for node in graph.graph.nodes
+        sdpa = (
+            torch.nn.functional.scaled_dot_product_attention,
+            torch.ops.aten.scaled_dot_product_attention.default,  # in a graph that was exported
         )
+        capture.sdpa_calls += sum(node.target in sdpa for node in graph.graph.nodes)
         return compile_fx(graph, inputs, inner_compile=inner)
 
     with config.patch({**CONFIG, **(options or {})}), _counting_bytes(), _lowered_graphs(capture, examine):

@@ -48,7 +48,9 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast.runtime.package import export_package, load_weights
+    from cogx_fast.loading import load_weights
+    from cogx_fast.runtime.module import CogVideoXModel
+    from cogx_fast.runtime.package import export_package
 
     out = Path(arguments.out)
     if not out.parent.is_dir():
@@ -56,11 +58,12 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     progress.stage("loading")
     model = load_weights(
         arguments.model,
-        recipe=arguments.recipe,
+        CogVideoXModel,
+        attention=arguments.attention,
+        compiled=True,
         dtype=arguments.dtype,
         device=arguments.device,
-        attention=arguments.attention,
-        for_pipelines=False,
+        quant=arguments.recipe,
     )
     sizes = read_sizes(arguments.sizes, arguments.batch, model.config)
     began = time.perf_counter()

@@ -61,7 +61,7 @@ def _weight(linear: Any, x: Tensor) -> Tensor | None:
     weight: Tensor = linear.weight
     if not weight.is_cuda or weight.dtype != x.dtype:
         return None
-    if type(weight) is nn.Parameter:
+    if not hasattr(type(weight), "__tensor_flatten__"):  # else it is made of others: quantized, distributed
         return weight
     return weight.dequantize() if _is_weight_only(weight) else None
 

@@ -13,12 +13,10 @@ Suffixes: B batch, S joint tokens, D model width, K head width.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cogx_fast.model.attention import Mask, Rotary
 from cogx_fast.model.masks import LayerBlocks, full_block_mask
+from cogx_fast.model.products import is_int8_dynamic
 from cogx_fast.runtime.artifact import (
     ArtifactError,
     describe_device,
@@ -39,8 +37,12 @@ from cogx_fast.runtime.artifact import (
     read_artifact,
     write_artifact,
 )
+from cogx_fast.runtime.leaves import OTHER_WEIGHTS, Weights, hash_block, leaves, named_weights, unflatten
+from cogx_fast.runtime.upstream import model_class
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from cogx_fast.runtime.module import CogVideoXModel
     from quant import Recipe
 
@@ -147,6 +149,8 @@ def load_package(
         ArtifactError: (a ValueError) the file is damaged, or made for another version, device or configuration.
         CheckpointError: (a ValueError) the weights cannot be loaded.
     """
+    from cogx_fast.loading import load_weights
+
     manifest, members = read_artifact(path, KIND)
     missing = [field for field in _FIELDS if field not in manifest]
     if missing:
@@ -155,11 +159,12 @@ def load_package(
     _refuse_other(path, manifest, place)
     model = load_weights(
         weights,
-        recipe=_read_recipe(manifest["recipe"]),
+        model_class(for_pipelines),
+        attention=manifest["attention"],
+        compiled=True,
         dtype=manifest["dtype"],
         device=place,
-        attention=manifest["attention"],
-        for_pipelines=for_pipelines,
+        quant=_read_recipe(manifest["recipe"]),
     )
     _refuse_weights(path, manifest, model)
     sizes = SizeRange(tokens=tuple(manifest["sizes"]["tokens"]), batch=manifest["sizes"]["batch"])
@@ -168,17 +173,6 @@ def load_package(
     for index, block in enumerate(model.transformer_blocks):
         block.forward = PackagedBlock(block, runners[manifest["blocks"][str(index)]], sizes, model.dtype)
     return model
-
-
-def load_weights(
-    weights: str | os.PathLike[str] | nn.Module, *, recipe: str | os.PathLike[str] | Recipe | None, **options: Any
-) -> CogVideoXModel:
-    """As ``load``, for a model that will run packaged: quantized ones are not told to compile."""
-    from cogx_fast.loading import load
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="recipe .* quantizes activations")
-        return load(weights, quant=recipe, **options)
 
 
 def _read_recipe(text: str | None) -> Recipe | None:
@@ -200,11 +194,11 @@ class PackagedBlock:
     """
 
     def __init__(self, block: nn.Module, runner: Any, sizes: SizeRange, dtype: torch.dtype) -> None:
-        self._block = (block,)  # in a tuple, so that nothing takes it for a part of itself
+        self._weights = Weights(block)
         self._runner = runner
         self._sizes = sizes
         self._dtype = dtype
-        self._expected = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves(block)]
+        self._expected = [(leaf.shape, leaf.dtype, leaf.device) for leaf in self._weights.read()]
 
     def __call__(
         self, x_BSD: Tensor, mod_B12D: Tensor, is_text_S1: Tensor, rotary: Rotary | None, mask: Mask | LayerBlocks
@@ -214,7 +208,7 @@ class PackagedBlock:
         Raises:
             ValueError: inputs or weights that the code was not compiled for.
         """
-        weights = leaves(self._block[0])
+        weights = self._weights.read()
         self._check(x_BSD, mask, weights)
         inputs = [*weights, x_BSD, mod_B12D, is_text_S1, *(rotary or ())]
         output: Tensor = self._runner.run([tensor.contiguous() for tensor in inputs])[0]
@@ -230,10 +224,7 @@ class PackagedBlock:
             )
         found = [(leaf.shape, leaf.dtype, leaf.device) for leaf in weights]
         if found != self._expected:
-            raise ValueError(
-                "the weights are not those that the package is for any more: their shape, dtype or device changed; "
-                "export a package for them"
-            )
+            raise ValueError(OTHER_WEIGHTS.format("their shape, dtype or device"))
         if x_BSD.device != weights[0].device or x_BSD.dtype != self._dtype:
             raise ValueError(
                 f"inputs are {x_BSD.dtype} on {x_BSD.device}, but the package is for {self._dtype} on "
@@ -245,51 +236,6 @@ class PackagedBlock:
             )
         if torch.is_grad_enabled() and x_BSD.requires_grad:
             raise ValueError("gradients are asked for, which packages do not have: use load(...) to train")
-
-
-def leaves(block: nn.Module) -> list[Tensor]:
-    """Every weight of a block as plain tensors, in a fixed order: a quantized one is several."""
-    return [leaf for _, tensor in _named(block) for leaf in _flatten(tensor)]
-
-
-def hash_block(block: nn.Module) -> str:
-    """A name for a kind of block: names, shapes, dtypes and quantization of its weights."""
-    text = "\n".join(f"{name} {_describe(tensor)}" for name, tensor in _named(block))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _named(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from block.named_parameters()
-    yield from block.named_buffers()
-
-
-def _flatten(tensor: Any) -> list[Tensor]:
-    if not _is_wrapper(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [leaf for name in names for leaf in _flatten(getattr(tensor, name))]
-
-
-def _unflatten(like: Any, values: Iterator[Tensor]) -> Tensor:
-    """A tensor of the kind of ``like`` from plain ones; the reverse of ``_flatten``."""
-    if not _is_wrapper(like):
-        return next(values)
-    names, context = like.__tensor_flatten__()
-    inner = {name: _unflatten(getattr(like, name), values) for name in names}
-    rebuilt: Tensor = type(like).__tensor_unflatten__(inner, context, like.shape, like.stride())
-    return rebuilt
-
-
-def _is_wrapper(tensor: Any) -> bool:
-    return bool(is_traceable_wrapper_subclass(tensor))
-
-
-def _describe(tensor: Any) -> str:
-    if not _is_wrapper(tensor):
-        return f"{tensor.dtype} {tuple(tensor.shape)}"
-    names, context = tensor.__tensor_flatten__()
-    inner = ", ".join(f"{name}: {_describe(getattr(tensor, name))}" for name in names)
-    return f"{type(tensor).__name__}({inner}; {context})"
 
 
 class _Functional(nn.Module):
@@ -304,16 +250,28 @@ class _Functional(nn.Module):
     ) -> Tensor:
         block, mask = self.hidden
         values = iter(weights)
-        tensors = {name: _unflatten(tensor, values) for name, tensor in _named(block)}
+        tensors = {name: unflatten(tensor, values) for name, tensor in named_weights(block)}
         output: Tensor = torch.func.functional_call(block, tensors, (x_BSD, mod_B12D, is_text_S1, rotary, mask))
         return output
 
 
 def _compile_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange, target: Path) -> None:
     from torch._inductor import aoti_compile_and_package
-    from torch.export import Dim, export
 
     from cogx_fast.runtime.compile import CompileConfig, _inductor_options
+
+    int8 = any(map(is_int8_dynamic, block.modules()))
+    options = _inductor_options(CompileConfig(), model.device, int8=int8)
+    program = export_block(model, block, sizes)
+    with torch.no_grad():
+        aoti_compile_and_package(
+            program, package_path=str(target), inductor_configs={**options, "aot_inductor.embed_kernel_binary": True}
+        )
+
+
+def export_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange) -> ExportedProgram:
+    """One block as a graph of its plain weights and its inputs, for a range of sizes."""
+    from torch.export import Dim, export
 
     config, device, dtype = model.config, model.device, model.dtype
     tokens, dim = sizes.tokens[1], config.inner_dim
@@ -330,13 +288,11 @@ def _compile_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange, ta
         None if rotary is None else (per_token, per_token),
     )  # fmt: skip
     mask = full_block_mask(device) if "flex" in model.attention_backends else None
+    arguments = (weights, x_BSD, torch.zeros(2, 12, dim, device=device, dtype=dtype), is_text_S1, rotary)
     forward = block.__dict__.pop("forward", None)  # of a model that is compiled
     try:
         with torch.no_grad():
-            arguments = (weights, x_BSD, torch.zeros(2, 12, dim, device=device, dtype=dtype), is_text_S1, rotary)
-            program = export(_Functional(block, mask), arguments, dynamic_shapes=shapes, strict=False)
-            options = {**_inductor_options(CompileConfig(), device), "aot_inductor.embed_kernel_binary": True}
-            aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
+            return export(_Functional(block, mask), arguments, dynamic_shapes=shapes, strict=False)
     finally:
         if forward is not None:
             block.forward = forward
@@ -396,4 +352,4 @@ def _refuse_weights(path: object, manifest: Mapping[str, Any], model: CogVideoXM
         )
 
 
-__all__ = ["PackagedBlock", "SizeRange", "export_package", "hash_block", "leaves", "load_package"]
+__all__ = ["PackagedBlock", "SizeRange", "export_package", "load_package"]

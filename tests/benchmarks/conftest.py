@@ -27,6 +27,8 @@ PLANTED = [
     _planted("graph_break"),
     _planted("odd", "quantized", recipe="fp8-dynamic", tokens=80),
     _planted("fp8", "quantized", recipe="fp8-dynamic", tokens=2060),
+    _planted("packaged"),
+    _planted("packaged fp8", "packaged", recipe="fp8-dynamic", tokens=2060),
     _planted("unflattened", recipe="fp8-dynamic", tokens=2060),
 ]
 

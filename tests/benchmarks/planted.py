@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.codegen.cases import our_block
+from cogx_fast.config import PRESETS
 
 TOKENS = 384
 
@@ -134,3 +136,17 @@ class _Known(nn.Module):
 
 def known(rows: int, width: int) -> Any:
     return _Known(), (torch.empty(rows, 3 * width), torch.empty(width, width), torch.empty(width))
+
+
+def packaged(recipe: str | None = None, tokens: int = TOKENS) -> Any:
+    """The block as a package compiles it: exported, its weights inputs."""
+    from cogx_fast.runtime.leaves import leaves
+    from cogx_fast.runtime.package import SizeRange, export_block
+
+    made, (x_BSD, mod_B12D, is_text_S1, rotary, _) = our_block("tiny", "sdpa", tokens=tokens, recipe=recipe)
+    model: Any = SimpleNamespace(
+        config=PRESETS["tiny"], device=x_BSD.device, dtype=x_BSD.dtype, attention_backends={"sdpa": None}
+    )
+    program = export_block(model, made, SizeRange(tokens=(2, tokens)))
+    weights = [leaf.detach() for leaf in leaves(made)]
+    return program.module(), (weights, x_BSD, mod_B12D.contiguous(), is_text_S1, rotary)

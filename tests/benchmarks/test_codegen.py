@@ -155,6 +155,17 @@ def test_linears_that_see_no_rows_make_passes_of_their_own(planted: Planted) -> 
     assert unflattened.bytes > rows.bytes
 
 
+@pytest.mark.parametrize(("packaged", "compiled"), [("packaged", "block"), ("packaged fp8", "fp8")])
+def test_a_packages_block_is_the_compiled_one(planted: Planted, packaged: str, compiled: str) -> None:
+    """The same kernels, but for the modulation's strides, which are other constants in them."""
+
+    def kernels(name: str) -> list[tuple[str, str, int, int]]:
+        launches = _report(planted, name).launches
+        return [(each.name, each.kind, each.read_bytes, each.written_bytes) for each in launches]
+
+    assert kernels(packaged) == kernels(compiled)
+
+
 def test_int8_cases_are_compiled_as_the_model_is() -> None:
     from cogx_fast.runtime.compile import INT8_OPTIONS as THE_MODELS
 

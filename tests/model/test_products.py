@@ -82,8 +82,25 @@ def test_the_cpu_keeps_the_plain_formula(taken: list[Tensor]) -> None:
     assert not taken
 
 
-class _Subclass(nn.Parameter):
-    """As a distributed weight: another class of tensor."""
+class _Wrapper(Tensor):
+    """As a distributed weight: made of another tensor, and multiplied in its own way."""
+
+    inner: Tensor
+
+    @staticmethod
+    def of(inner: Tensor) -> Tensor:
+        wrapper = Tensor._make_wrapper_subclass(_Wrapper, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+        wrapper.inner = inner
+        return wrapper
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        values = [value.inner if isinstance(value, cls) else value for value in args]
+        result = function(*values, **(kwargs or {}))
+        return _Wrapper.of(result) if function is torch.ops.aten.detach.default else result
 
 
 def _adapter(projection: _Projection) -> None:
@@ -95,12 +112,24 @@ def _adapter(projection: _Projection) -> None:
 
 REASONS: dict[str, Callable[[_Projection], object]] = {
     "another kind of linear": _adapter,
-    "a weight of another class": lambda p: setattr(p.proj, "weight", _Subclass(p.proj.weight)),
+    "a weight made of others": lambda p: setattr(
+        p.proj, "weight", nn.Parameter(_Wrapper.of(p.proj.weight.detach()), requires_grad=False)
+    ),
     "a forward of its own": lambda p: setattr(p.proj, "forward", p.proj.forward),
     "a hook": lambda p: p.proj.register_forward_hook(lambda module, arguments, out: None),
     "a hook before it": lambda p: p.proj.register_forward_pre_hook(lambda module, arguments: None),
     "fp32": lambda p: p.float(),
 }
+
+
+def test_weights_that_are_inputs_of_a_function_are_taken_too(taken: list[Tensor], pretend_cuda: None) -> None:
+    """As a package's are: plain tensors in the parameters' place."""
+    projection, x = _projection(), randn(2, 9, 128).bfloat16()
+    weights = {name: parameter.detach() for name, parameter in projection.named_parameters()}
+    with torch.no_grad():
+        out = torch.func.functional_call(projection, weights, (x,))
+        assert torch.equal(out, _plain(projection, x))
+    assert len(taken) == 1
 
 
 @pytest.mark.parametrize("reason", REASONS)

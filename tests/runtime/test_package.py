@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast.loading import load
+from cogx_fast.loading import load, load_weights
 from cogx_fast.runtime import package as module
 from cogx_fast.runtime.artifact import ArtifactError, read_artifact, write_artifact
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.package import SizeRange, export_package, load_package, load_weights
+from cogx_fast.runtime.package import SizeRange, export_package, load_package
 from tests.conftest import Package
 from tests.support import RELEASED, inputs, relative_error, small, upstream
 
@@ -79,6 +79,25 @@ def test_weights_that_are_changed_in_place_or_replaced(package: Package) -> None
     check(model, eager)
 
 
+def test_weights_of_another_kind_in_their_place(package: Package) -> None:
+    """They may have the same shapes and dtypes as plain tensors, and not be what the code takes them for."""
+    model = load_package(package.path, package.checkpoint)
+    linear = model.transformer_blocks[1].attn1.to_qkv
+    arguments = inputs(model.config)
+    before = call(model, arguments)
+    linear.register_buffer("another", torch.ones(1))
+    with pytest.raises(ValueError, match="names, shapes, dtypes or quantization changed"):
+        call(model, arguments)
+    del linear.another
+    assert torch.equal(call(model, arguments), before)
+    copy = torch.nn.Linear(linear.in_features, linear.out_features)
+    copy.load_state_dict(linear.state_dict())
+    model.transformer_blocks[1].attn1.to_qkv = copy.requires_grad_(False)  # another module of the kind
+    assert torch.equal(call(model, arguments), before)
+    copy.weight.data = copy.weight * 2
+    assert not torch.equal(call(model, arguments), before)
+
+
 CHILD = """
 import sys, time, torch
 for name in ("torch._dynamo", "torch._inductor", "torch._functorch.aot_autograd"):
@@ -120,7 +139,7 @@ def test_no_compiler_at_run_time(package: Package, packaged: CogVideoXModel, tmp
 @pytest.mark.slow
 def test_the_tiny_models_first_output_within_three_seconds(tmp_path: Path) -> None:
     """From the end of torch's import to the output, the package's and the weights' loading included. In bf16."""
-    model = load("tiny", for_pipelines=False)
+    model = load("tiny")
     export_package(model, tmp_path / "tiny.pt2", SizeRange(tokens=(2, 2000)))
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -148,23 +167,66 @@ def test_every_released_model_can_be_packaged(name: str, tmp_path: Path) -> None
             assert relative_error(call(model, arguments), call(eager, arguments)) <= 1e-5
 
 
+def quantized(source: Any, recipe: str) -> CogVideoXModel:
+    """Eager: ``load`` would warn that it is slow."""
+    return load_weights(source, CogVideoXModel, attention="sdpa", compiled=False, quant=recipe)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["int8-dynamic", "int8-weight-only"])
 def test_a_quantized_package(recipe: str, tmp_path: Path) -> None:
     """Its weights are quantized when it is loaded. Its error against fp32 is that of the quantized eager model."""
     source, other = upstream(small("5b", num_attention_heads=1)), upstream(small("5b", num_attention_heads=1), seed=7)
-    export_package(load_weights(source, recipe=recipe), tmp_path / "m.pt2", SizeRange(tokens=(2, 264)))
+    export_package(quantized(source, recipe), tmp_path / "m.pt2", SizeRange(tokens=(2, 264)))
     for weights in (source, other):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             packaged = load_package(tmp_path / "m.pt2", weights)
-        eager, exact = load_weights(weights, recipe=recipe), load(weights)
+        eager, exact = quantized(weights, recipe), load(weights)
         for size in SIZES:
             arguments = inputs(exact.config, **size)
             truth = call(exact, arguments)
             eager_error = relative_error(call(eager, arguments), truth)
             assert eager_error > 1e-4
             assert relative_error(call(packaged, arguments), truth) <= 1.05 * eager_error, size
+
+
+@pytest.mark.slow
+def test_a_package_with_flex_attention(tmp_path: Path) -> None:
+    source = upstream(small("5b", num_attention_heads=1))
+    export_package(load(source, attention="flex"), tmp_path / "m.pt2", SizeRange(tokens=(2, 264)))
+    packaged = load_package(tmp_path / "m.pt2", source)
+    assert list(packaged.attention_backends) == ["flex"]
+    check(packaged, load(source))
+
+
+@pytest.mark.parametrize(
+    ("device", "recipe", "given"),
+    [
+        ("cuda", "int8-dynamic", True),
+        ("cuda", "int8-weight-only", False),
+        ("cuda", None, False),
+        ("cpu", "int8-dynamic", False),
+    ],
+)
+def test_int8_products_are_compiled_as_without_a_package(
+    device: str, recipe: str | None, given: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch._inductor
+
+    from cogx_fast.runtime.compile import INT8_OPTIONS
+
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(module, "export_block", lambda *_: None)
+    monkeypatch.setattr(
+        torch._inductor, "aoti_compile_and_package", lambda *_, inductor_configs, **__: found.update(inductor_configs)
+    )
+    monkeypatch.setattr(CogVideoXModel, "device", torch.device(device))
+    model = CogVideoXModel(small("5b", num_layers=1)) if recipe is None else quantized(upstream(small("5b")), recipe)
+    module._compile_block(model, model.transformer_blocks[0], SizeRange(tokens=(2, 9)), tmp_path / "0")
+    assert found["aot_inductor.embed_kernel_binary"]
+    assert (found.items() >= INT8_OPTIONS.items()) == given
+    assert bool(found.get("max_autotune")) == (device == "cuda")
 
 
 @pytest.mark.gpu
