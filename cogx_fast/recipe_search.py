@@ -166,16 +166,8 @@ def find_recipe(
     base_recipe = quant.load_recipe(base)
     planned = quant.plan(model, base_recipe)
     searched = tuple(fqn for fqn, choice in planned.choices.items() if choice.scheme is not None)
-    usable = [scheme for scheme in schemes if _runs_on(scheme, device)]
-    groups: dict[str, list[str]] = {}
-    for fqn in searched:
-        groups.setdefault(re.sub(r"\.\d+\.", ".*.", fqn, count=1) if by_kind else fqn, []).append(fqn)
-    candidates = {
-        name: [scheme for scheme in usable if all(sensitivity.is_measurable(scheme, model, fqn) for fqn in members)]
-        for name, members in groups.items()
-    }
-    if not any(candidates.values()):
-        raise SearchError(f"none of {', '.join(schemes)} can be measured here and run on {device.name}")
+    groups = _groups(searched, by_kind=by_kind)
+    candidates = _candidates(model, groups, schemes, device)
     state = State.open(state_path, _key(model, samples, base_recipe, [*schemes, str(by_kind)]))
 
     def measured(done: int, of_all: int) -> None:
@@ -217,6 +209,30 @@ def find_recipe(
         searched=searched,
         unquantized_seconds=sum(cost(name, None) for name in groups),
     )
+
+
+def _groups(searched: Sequence[str], *, by_kind: bool) -> dict[str, list[str]]:
+    """The linears that get a scheme together, by the name of the group: one, or the same of all blocks."""
+    groups: dict[str, list[str]] = {}
+    for fqn in searched:
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", fqn, count=1) if by_kind else fqn, []).append(fqn)
+    return groups
+
+
+def _candidates(
+    model: nn.Module, groups: Mapping[str, Sequence[str]], schemes: Sequence[str], device: Device
+) -> dict[str, list[str]]:
+    """The schemes to try for each group."""
+    from quant.sensitivity import is_measurable
+
+    usable = [scheme for scheme in schemes if _runs_on(scheme, device)]
+    candidates = {
+        name: [scheme for scheme in usable if all(is_measurable(scheme, model, fqn) for fqn in members)]
+        for name, members in groups.items()
+    }
+    if not any(candidates.values()):
+        raise SearchError(f"none of {', '.join(schemes)} can be measured here and run on {device.name}")
+    return candidates
 
 
 def estimated_cost(model: nn.Module, tokens: Tokens, device: Device) -> Callable[[str, str | None], float]:
