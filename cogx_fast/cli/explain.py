@@ -34,6 +34,9 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument("--dtype", choices=DTYPE_NAMES, default="bf16", help="default: %(default)s")
     command.add_argument("--attention", help="attention backend (default: flex on CUDA, else sdpa)")
+    command.add_argument(
+        "--quant", metavar="RECIPE", help="a recipe's name or .toml file (cogx-fast recipes lists them)"
+    )
     command.add_argument("--scope", choices=("block", "model"), default="block", help="default: %(default)s")
     command.add_argument("--mode", help="one of torch.compile's modes (default: the package's own choice)")
     command.add_argument(
@@ -66,6 +69,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         attention=arguments.attention or ("flex" if device.type == "cuda" else "sdpa"),
         dtype=DTYPES[arguments.dtype],
         device=device,
+        recipe=arguments.quant,
     )
     progress.stage(f"compiling {arguments.model}")
     found = explain(built, *sizes, compile=config, spatial_factor=factor, build=arguments.build)

@@ -154,10 +154,9 @@ class Engine:
         if not self._dynamic:
             return
         from torch._dynamo.decorators import mark_dynamic, mark_unbacked
-        from torch._subclasses.fake_tensor import FakeTensor
 
         for tensor in tensors:
-            if tensor is None or type(tensor) is FakeTensor:  # without values (explain): its sizes are what they are
+            if tensor is None:
                 continue
             if batch and not self._is_one_apart:
                 mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch")

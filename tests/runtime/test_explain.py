@@ -55,6 +55,7 @@ def test_graphs_and_how_often_they_run(recompiled: Explanation) -> None:
 def test_a_recompile_says_what_caused_it(recompiled: Explanation) -> None:
     (recompile,) = recompiled.recompiles
     assert (recompile.function, recompile.size) == ("forward", 1)
+    assert "hidden_states' size is 1 × 4 × 16 × 8 × 10, was 2 × 4 × 16 × 12 × 10" in recompile.cause
     assert "x_BSD" in recompile.cause
     assert "expected 2, actual 1" in recompile.cause
     assert "2 graphs, 0 breaks, 1 recompile" in str(recompiled)
@@ -227,6 +228,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert told["cache"] is None
 
 
+def test_the_command_with_a_recipe(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(dict(small("5b"))))
+    size = ("--frames", "13", "--height", "96", "--width", "80", "--layers", "1", "--no-build")
+    told = report(run_cli("explain", config, *size, "--quant", "int8-weight-only", "--json"))
+    assert told["kinds"]["matmul"]["kernels"] == 4
+    assert told["weights"]["Int8Tensor"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -235,6 +245,7 @@ def test_the_command(tmp_path: Path) -> None:
         (("5b", "--then", "1,2"), "expected videos,frames,height,width"),
         (("5b", "--mode", "fastest"), "mode is 'fastest'"),
         (("5b", "--attention", "best"), "'best' is not known"),
+        (("5b", "--quant", "best"), "best"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_compiles(arguments: tuple[str, ...], words: str) -> None:

@@ -74,6 +74,17 @@ class Watched:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Counted:
+    """What was counted of a generated graph, which is kept so that no other gets its id."""
+
+    lowering: Any
+    works: list[traffic.Work]
+    launches: int
+    inductor_bytes: int
+    peak_bytes: int
+
+
 class Clock:
     """Seconds by phase; while an inner phase runs, the outer one's stand still."""
 
@@ -113,9 +124,10 @@ class Capture:
 
     Args:
         build: compile the generated code to machine code as well.
+        code_of_first_only: generate code for graphs of the first size alone.
     """
 
-    def __init__(self, *, build: bool) -> None:
+    def __init__(self, *, build: bool, code_of_first_only: bool = False) -> None:
         self.size = 0
         """Which size the model is called with now."""
         self.clock = Clock()
@@ -125,9 +137,10 @@ class Capture:
         """Graphs that were in no cache."""
         self.bypassed = 0
         """Graphs that AOTAutograd's cache does not take."""
-        self._build = build
+        self._build, self._code_of_first_only = build, code_of_first_only
         self._watched: list[Watched] = []
         self._current: Watched | None = None
+        self._regions: dict[int, _Counted] = {}
         self._seen: set[Any] = set()
 
     @property
@@ -147,6 +160,7 @@ class Capture:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watch, and leave the process's flags and counters as they were."""
+        from torch._dynamo import config as dynamo_config
         from torch._dynamo.callback import callback_handler
         from torch._functorch import config as functorch_config
         from torch._inductor import config
@@ -162,9 +176,12 @@ class Capture:
             if not self._build:  # what was never built must not be found again
                 stack.enter_context(config.patch({"fx_graph_cache": False}))
                 stack.enter_context(functorch_config.patch({"enable_autograd_cache": False}))
+            if hasattr(dynamo_config, "allow_ignore_mark_dynamic"):  # after a break a size may no longer be symbolic
+                stack.enter_context(dynamo_config.patch(allow_ignore_mark_dynamic=True))
             stack.enter_context(self._lowering())
+            stack.enter_context(_unbacked_sizes_of_fake_tensors())
             stack.enter_context(_listening(self._heard_of_a_break))
-            self._recompiled()
+            self.called([])
             self.recompiles.clear()
             callback_handler.register_start_callback(start)
             stack.callback(callback_handler.remove_start_callback, start)
@@ -173,9 +190,23 @@ class Capture:
             yield
             self.bypassed = counters["aot_autograd"]["autograd_cache_bypass"]
 
-    def called(self) -> None:
-        """The model was called; to be said after each call."""
-        self._recompiled()
+    def called(self, told: list[str]) -> None:
+        """The model was called: keep what was compiled again.
+
+        Args:
+            told: what the model itself says of the recompiles, better than torch: which of its inputs caused them.
+        """
+        from torch._dynamo.utils import get_compilation_metrics
+
+        found = []
+        for metrics in get_compilation_metrics():
+            key = (metrics.compile_id, metrics.start_time_us)
+            if key not in self._seen and metrics.recompile_reason:
+                found.append((metrics.co_name or "", metrics.recompile_reason.splitlines()[0]))
+            self._seen.add(key)
+        causes = told if len(told) == len(found) else [re.sub(r"^\d+/\d+: ", "", reason) for _, reason in found]
+        for (name, _), cause in zip(found, causes, strict=True):
+            self.recompiles.append(Recompile(function=_SERIAL.sub("", name), cause=cause, size=self.size))
 
     # -- the backend ---------------------------------------------------------------------------------------------------
 
@@ -192,7 +223,7 @@ class Capture:
             operators=sum(node.op in ("call_function", "call_method", "call_module") for node in graph.graph.nodes),
         )
         self._watched.append(watched)
-        if lowers:
+        if lowers and (self.size == 0 or not self._code_of_first_only):
             self._current = watched
             with self.clock.phase("aot"), unset_fake_temporarily():  # autotuning runs on tensors with values
                 compile_fx(graph, inputs, inner_compile=self._inner, config_patches=options)
@@ -238,14 +269,22 @@ class Capture:
             patched.codegen, patched.compile_to_module = codegen, compile_to_module
 
     def _examine(self, lowering: Any, code: str) -> None:
+        regions = [self._regions[id(region)] for region in traffic.regions(lowering)]
+        counted = _Counted(
+            lowering=lowering,
+            works=traffic.count(lowering, {key: region.works for key, region in self._regions.items()}),
+            launches=len(_CALL.findall(code)) + sum(region.launches for region in regions),
+            inductor_bytes=sum(int(node.get_read_write_buffers_sizes()) for node in lowering.scheduler.nodes)
+            + sum(region.inductor_bytes for region in regions),
+            peak_bytes=traffic.peak_bytes(lowering) + max((region.peak_bytes for region in regions), default=0),
+        )
+        if "def call(" not in code:  # a region that the graph uses, maybe several times
+            self._regions[id(lowering)] = counted
+            return
         watched = self._current
         assert watched is not None
-        watched.works = traffic.count(lowering)
-        watched.peak_bytes = traffic.peak_bytes(lowering)
-        watched.inductor_bytes = sum(int(node.get_read_write_buffers_sizes()) for node in lowering.scheduler.nodes)
-        watched.launches = len(_CALL.findall(code, code.index("def call(")))
-
-    # -- breaks and recompiles -----------------------------------------------------------------------------------------
+        watched.works, watched.launches = counted.works, counted.launches
+        watched.inductor_bytes, watched.peak_bytes = counted.inductor_bytes, counted.peak_bytes
 
     def _heard_of_a_break(self, message: str) -> None:
         found = _BREAK.search(message)
@@ -258,19 +297,6 @@ class Capture:
         line = int(found["line"])
         code = linecache.getline(found["file"], line).strip()
         self.breaks.append(Break(reason=reason, file=found["file"], line=line, code=code))
-
-    def _recompiled(self) -> None:
-        """Keep what was compiled again since the last time."""
-        from torch._dynamo.utils import get_compilation_metrics
-
-        for metrics in get_compilation_metrics():
-            key = (metrics.compile_id, metrics.start_time_us)
-            if key not in self._seen and metrics.recompile_reason:
-                cause = re.sub(r"^\d+/\d+: ", "", metrics.recompile_reason.splitlines()[0])
-                self.recompiles.append(
-                    Recompile(function=_SERIAL.sub("", metrics.co_name or ""), cause=cause, size=self.size)
-                )
-            self._seen.add(key)
 
 
 def _function(graph: Any) -> str:
@@ -292,6 +318,36 @@ def _kept_counters() -> Iterator[Any]:
     finally:
         counters.clear()
         counters.update(before)
+
+
+@contextlib.contextmanager
+def _unbacked_sizes_of_fake_tensors() -> Iterator[None]:
+    """Where a size of a fake tensor is marked unbacked, torch 2.13 takes it, and all others of the tensor, for fixed.
+
+    It reads them as symbols of another graph, which these are not: so they are treated as a real tensor's are.
+    """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    name = "transfer_symbols_from_foreign_shape_env"
+    patched: Any = ShapeEnv
+    original = getattr(patched, name, None)
+    if original is None:  # other versions have no such case
+        yield
+        return
+
+    def create(self: Any, sizes: Any, strides: Any, offset: Any, source: Any, **settings: Any) -> Any:
+        numbers = (*sizes, *strides, offset)
+        if settings.get("symbolic_context") is None or not all(isinstance(number, int) for number in numbers):
+            return original(self, sizes, strides, offset, source, **settings)
+        return self._create_symbolic_sizes_strides_storage_offset(
+            tuple(sizes), tuple(strides), offset, [False] * len(sizes), source, **settings
+        )
+
+    setattr(patched, name, create)
+    try:
+        yield
+    finally:
+        setattr(patched, name, original)
 
 
 @contextlib.contextmanager

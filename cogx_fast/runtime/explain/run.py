@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ def explain(
     compile: CompileConfig | None = None,
     spatial_factor: int = 8,
     build: bool = True,
+    code_of_first_only: bool = False,
 ) -> Explanation:
     """Say what ``model`` becomes when it is compiled.
 
@@ -40,6 +43,7 @@ def explain(
         spatial_factor: pixels along a latent pixel's side (the VAE's; 8 in every released model).
         build: compile the generated code to machine code, as a start would, and start a second time to see what the
             cache gives. Without, the seconds lack that phase.
+        code_of_first_only: generate code for the first size alone; what recompiles for the others is only captured.
 
     Returns:
         What was found; ``print`` it for a table.
@@ -54,10 +58,12 @@ def explain(
     config = compile or getattr(model, "_compile_config", None) or CompileConfig()
     videos = _sizes(model, sizes, spatial_factor)
     with fresh_cache():
-        cold = _compiled(model, videos, config, spatial_factor, build=build)
+        cold = Capture(build=build, code_of_first_only=code_of_first_only)
+        _compile(model, videos, config, spatial_factor, cold)
         cache = None
         if build:
-            warm = _compiled(model, videos, config, spatial_factor, build=True)
+            warm = Capture(build=True, code_of_first_only=code_of_first_only)
+            _compile(model, videos, config, spatial_factor, warm)
             graphs = len(warm.graphs)
             cache = CacheUse(
                 hits=graphs - warm.lowered,
@@ -83,9 +89,20 @@ def explain(
 
 
 def empty_model(
-    config: TransformerConfig, *, attention: str, dtype: torch.dtype, device: torch.device
+    config: TransformerConfig, *, attention: str, dtype: torch.dtype, device: torch.device, recipe: str | None = None
 ) -> CogVideoXModel:
-    """A model whose tensors hold no values and take no memory: fake tensors, to compile and not to run."""
+    """A model whose tensors hold no values and take no memory: fake tensors, to compile and not to run.
+
+    Args:
+        config: its sizes and options.
+        attention: the attention backend.
+        dtype: of all weights.
+        device: that they are said to be on.
+        recipe: a quantization recipe's name or file.
+
+    Raises:
+        QuantError: (a ValueError) a recipe that does not fit, or cannot run there.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from cogx_fast.runtime.module import CogVideoXModel
@@ -94,7 +111,15 @@ def empty_model(
     torch.set_default_dtype(dtype)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-            return CogVideoXModel(config, attention=attention).eval()
+            model = CogVideoXModel(config, attention=attention).eval()
+            if recipe is not None:
+                from torchao.quantization import quantize_
+
+                from quant.apply import linears, plan
+
+                shapes = [(name, (linear.out_features, linear.in_features)) for name, linear in linears(model)]
+                quantize_(model, plan(shapes, recipe, device=device).to_torchao(), filter_fn=None)
+            return model
     finally:
         torch.set_default_dtype(before)
 
@@ -128,24 +153,28 @@ def fake_copy(model: CogVideoXModel) -> tuple[CogVideoXModel, Any]:
     return faked, mode
 
 
-def _compiled(
-    model: CogVideoXModel, videos: tuple[Size, ...], config: CompileConfig, spatial_factor: int, *, build: bool
-) -> Capture:
+def _compile(
+    model: CogVideoXModel, videos: tuple[Size, ...], config: CompileConfig, spatial_factor: int, capture: Capture
+) -> None:
     """Compile a copy by calling it at each size."""
-    from cogx_fast.runtime.compile import compile_model, uncompile_model
+    from cogx_fast.runtime.compile import RecompileWarning, compile_model, uncompile_model
 
     faked, mode = fake_copy(model)
-    capture = Capture(build=build)
-    compile_model(faked, config, compiler=capture.compiler)
+    compile_model(faked, dataclasses.replace(config, strict=False), compiler=capture.compiler)
     try:
         with mode, torch.no_grad(), capture.watching():
             for index, video in enumerate(videos):
                 capture.size = index
-                faked(**_arguments(faked, video, spatial_factor))
-                capture.called()
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always", RecompileWarning)
+                    faked(**_arguments(faked, video, spatial_factor))
+                told = [each for each in caught if each.category is RecompileWarning]
+                capture.called([str(each.message) for each in told])
+                for each in caught:
+                    if each not in told:
+                        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     finally:
         uncompile_model(faked)
-    return capture
 
 
 def _sizes(model: CogVideoXModel, sizes: Sequence[Sequence[int]], factor: int) -> tuple[Size, ...]:

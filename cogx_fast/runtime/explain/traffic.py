@@ -10,10 +10,11 @@ layouts of their arguments and results.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,19 +63,37 @@ class Work:
         return "matmul" if self.flops else "copy" if last in _LIBRARY_COPIES else "other"
 
 
-def count(graph: Any) -> list[Work]:
+def regions(graph: Any) -> list[Any]:
+    """The graphs nested in a graph, one for each use."""
+    from torch._inductor.ir import InvokeSubgraph
+
+    return [nested(node) for node in graph.scheduler.nodes if isinstance(node.node, InvokeSubgraph)]
+
+
+def nested(node: Any) -> Any:
+    """The graph that a launch of another runs."""
+    return node.node.subgraph.graph
+
+
+def count(graph: Any, regions: Mapping[int, list[Work]] | None = None) -> list[Work]:
     """The work of each launch of a generated graph, in the order of its code.
 
     Args:
         graph: Inductor's ``GraphLowering`` after code generation, the current one (``V.graph``).
+        regions: the works of the graphs that are nested in it, counted before, by their id.
 
     Raises:
         CountError: a matrix product or attention of the graph belongs to no launch, or to several.
     """
+    from torch._inductor.ir import InvokeSubgraph
+
     counted: dict[Any, set[int]] = defaultdict(set)
     works: list[Work] = []
     for node in graph.scheduler.nodes:
         if _is_nothing(node):
+            continue
+        if isinstance(node.node, InvokeSubgraph):
+            works += [dataclasses.replace(work) for work in (regions or {})[id(nested(node))]]
             continue
         if _is_result(node):  # one of several of the library call before it
             works[-1].written_bytes += _layout_bytes(node.node)
@@ -106,6 +125,9 @@ def _work(graph: Any, node: Any) -> Work:
     )
     for item in called:
         work.read_bytes += sum(_layout_bytes(argument) for argument in _distinct(_arguments(item)))
+    if work.name in _PRODUCTS_OF_PATTERNS:
+        rows_by_inner = next(_arguments(called[0]))
+        work.flops = 2 * math.prod(map(_int, rows_by_inner.get_size())) * _int(called[0].get_size()[-1])
     if called and len(node.get_nodes()) == 1:
         work.written_bytes = _layout_bytes(called[0])
         return work
@@ -206,18 +228,20 @@ def _int(size: Any) -> int:
 
 
 def _with_hints(index: Any) -> Any:
-    """An index whose only variables are those of its loops."""
+    """An index whose only variables are those of its loops, and what depends on data."""
     from torch._inductor.virtualized import V
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-    sizevars = V.graph.sizevars
-    known = getattr(sizevars, "backed_var_to_val", None) or getattr(sizevars, "var_to_val", {})
-    return sizevars.remove_precomputed_replacements(index).xreplace(known)
+    sizes = (SymT.SIZE, SymT.UNBACKED_INT, SymT.PRECOMPUTED_SIZE)
+    index = V.graph.sizevars.remove_precomputed_replacements(index)
+    return index.xreplace({symbol: _int(symbol) for symbol in index.free_symbols if symbol_is_type(symbol, sizes)})
 
 
 def _is_nothing(node: Any) -> bool:
+    from torch._inductor.ir import AssertScalar
     from torch._inductor.scheduler import NopKernelSchedulerNode
 
-    return isinstance(node, NopKernelSchedulerNode)
+    return isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, AssertScalar)
 
 
 def _is_result(node: Any) -> bool:
@@ -259,8 +283,9 @@ _LIBRARY_ATTENTION = {
 }  # fmt: skip
 _FIRST_FACTOR = {
     aten.mm: 0, aten.bmm: 0, aten._int_mm: 0, aten._scaled_mm: 0, aten.addmm: 1, aten.baddbmm: 1,
-    aten._addmm_activation: 1,
+    aten._addmm_activation: 1, aten._weight_int8pack_mm: 0,
 }  # fmt: skip
+_PRODUCTS_OF_PATTERNS = {"_weight_int8pack_mm"}  # found in place of several operators, which then are no product
 _PRODUCTS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8"}
 
 
@@ -288,8 +313,8 @@ def _add_product(work: Work, origin: Any) -> None:
         work.is_attention = True
         return
     first = _FIRST_FACTOR[origin.target.overloadpacket]
-    left, right = (origin.args[first + i].meta["val"] for i in range(2))
-    work.flops += 2 * _product_of(left.shape) * _size(right.shape[-1])
+    left = origin.args[first].meta["val"]
+    work.flops += 2 * _product_of(left.shape) * _size(origin.meta["val"].shape[-1])
     work.products = _PRODUCTS.get(left.dtype, "bf16")
 
 
