@@ -126,9 +126,9 @@ def test_an_unclaimed_win_fails(good: Explanation, tmp_path: Path) -> None:
     assert [entry.split(":")[0] for entry in verdict.wins] == [f"{BLOCK.name} bytes"]
 
 
-def test_a_recompile_more_is_a_regression(found: dict[str, Explanation], tmp_path: Path) -> None:
+def test_a_recompile_more_is_a_regression(good: Explanation, tmp_path: Path) -> None:
     table = tmp_path / "structure.csv"
-    structure.accept({BLOCK.name: found[BLOCK.name]}, table)
+    structure.accept({BLOCK.name: good}, table)
     pinned = Case(variant="5b", dynamic=False)
     verdict = structure.check({BLOCK.name: structure.measure(pinned)}, table)
     assert any("recompiles:" in entry for entry in verdict.regressions), str(verdict)
