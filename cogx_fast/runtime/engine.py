@@ -65,7 +65,7 @@ class Engine:
         self._dynamic, self._strict, self._cuda_graphs = dynamic, strict, cuda_graphs
         self._call: Call | None = None
         self._earlier: list[Call] = []
-        self._is_one_apart = cuda_graphs or _quantizes_activations(model)
+        self._is_one_apart = cuda_graphs or (model.device.type == "cuda" and _quantizes_activations(model))
         self._cache_directory = cache_directory
         self._whole = compile(own(CogVideoXTransformer.forward)) if whole else None
         kinds: dict[Any, Callable[..., Any]] = {}
@@ -148,8 +148,9 @@ class Engine:
         """Have torch take these dimensions as symbols when it compiles; ``batch``: dimension 0 is B.
 
         An ordinary symbol is never 1: torch compiles sizes of 1 apart. So B is an unbacked one, which holds for 1 too
-        (measured: benchmarks/NOTES.md). CUDA graphs are not recorded with unbacked symbols, nor does quantizing of
-        activations trace with them; there B = 1 is apart.
+        (measured: benchmarks/NOTES.md) and of which torch must know that it is not 0: quantizing of activations asks.
+        CUDA graphs are not recorded with unbacked symbols; there B = 1 is apart. So it is with quantized activations on
+        CUDA, where products of unbacked sizes have not been tried.
         """
         if not self._dynamic:
             return
@@ -159,7 +160,7 @@ class Engine:
             if tensor is None:
                 continue
             if batch and not self._is_one_apart:
-                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch")
+                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch", min=1)
             elif batch:
                 mark_dynamic(tensor, 0)
             if dims and getattr(tensor, "_dynamo_dynamic_indices", None) != {*dims}:
