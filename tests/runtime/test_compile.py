@@ -61,6 +61,7 @@ def test_both_scopes_equal_eager_in_bf16_within_rounding(scope: Any) -> None:
     assert compiled_error <= 1.05 * eager_error
 
 
+@pytest.mark.slow
 def test_gradients_of_a_compiled_model_equal_eager_ones() -> None:
     config = small("2b")
     model, eager = make(config), make(config)
