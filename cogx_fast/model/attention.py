@@ -6,6 +6,7 @@ Suffixes: B batch, S joint tokens, N heads, K head width.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -45,7 +46,8 @@ class RotaryNorm(nn.LayerNorm):
 
     Written out over the row and the row with each pair exchanged, which have the same mean and variance: so each output
     channel is a function of one row, and norm and rotation compile to one kernel, for queries and keys together
-    (``layer_norm`` and a rotation after it compile to two). Computed in fp32, rounded once.
+    (``layer_norm`` and a rotation after it compile to two). Not compiled, every operation is a pass over memory, and
+    ``layer_norm`` and a rotation take less time. Computed in fp32, rounded once, both.
     """
 
     def forward(self, x_BSNK: Tensor, rotary: Rotary | None) -> Tensor:  # type: ignore[override]  # it takes angles too
@@ -54,6 +56,10 @@ class RotaryNorm(nn.LayerNorm):
             return super().forward(x_BSNK)
         cos_S1K, sin_S1K = (table.unsqueeze(1) for table in rotary)
         weight_K, bias_K = self.weight.float(), self.bias.float()
+        if not torch.compiler.is_compiling():
+            normed = F.layer_norm(x_BSNK.float(), self.normalized_shape, weight_K, bias_K, self.eps)
+            swapped = normed.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)  # on the CPU in half the time of a flip
+            return torch.addcmul(normed * cos_S1K, swapped, sin_S1K).to(x_BSNK.dtype)
         variance, mean = torch.var_mean(x_BSNK.float(), -1, correction=0, keepdim=True)
         inverse_std = torch.rsqrt(variance + self.eps)
         normed = (x_BSNK.float() - mean) * inverse_std * weight_K + bias_K

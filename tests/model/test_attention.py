@@ -123,6 +123,13 @@ Tables = tuple[Tensor, Tensor]
 TEXT_LEN = 5
 
 
+@pytest.fixture(params=["eager", "compiled"])
+def formula(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The norm's two formulas, run as they are: the one for eager runs and the one for the compiler."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "compiled")
+    return str(request.param)
+
+
 def norm_and_tables(tokens: int = 37) -> tuple[RotaryNorm, Tables]:
     generator = torch.Generator().manual_seed(2)
     norm = RotaryNorm(64, 1e-6)
@@ -152,6 +159,7 @@ def exactly(x: Tensor, norm: nn.LayerNorm, tables: Tables) -> Tensor:
     return torch.cat([normed[:, :TEXT_LEN], turned], dim=1)
 
 
+@pytest.mark.usefixtures("formula")
 def test_norm_and_rotation_are_upstreams_in_fp32() -> None:
     norm, tables = norm_and_tables()
     x = qkv()[1]
@@ -162,6 +170,7 @@ def test_norm_and_rotation_are_upstreams_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("formula")
 def test_norm_and_rotation_round_once(dtype: torch.dtype) -> None:
     """Nearer to the exact result than upstream, which rounds between norm and rotation."""
     norm, tables = norm_and_tables()
@@ -174,7 +183,39 @@ def test_norm_and_rotation_round_once(dtype: torch.dtype) -> None:
     assert relative_error(ours, exact.to(dtype)) < 0.2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_both_formulas_of_norm_and_rotation_are_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, tables = norm_and_tables()
+    norm.to(dtype)
+    x, rotary, outs = qkv(dtype=dtype)[1], join_rotary(*tables, text_len=TEXT_LEN), []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda value=compiling: value)
+        leaf = x.clone().requires_grad_()
+        out = norm(leaf, rotary)
+        outs.append((out.detach(), torch.autograd.grad(out.float().square().sum(), [leaf, norm.weight, norm.bias])))
+    (eager, eager_grads), (compiled, compiled_grads) = outs
+    tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 8
+    assert relative_error(eager, compiled) <= tolerance
+    for ours, reference in zip(eager_grads, compiled_grads, strict=True):
+        assert relative_error(ours, reference) <= max(4 * tolerance, TOLERANCE)
+
+
+@pytest.mark.parametrize(("device", "compiling"), [("cpu", False), ("cpu", True), ("meta", False)])
+def test_sdpa_gets_each_heads_rows_together_in_eager_runs_on_the_cpu(
+    device: str, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel takes a tenth longer otherwise; elsewhere nothing is copied."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    plain_sdpa, seen = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.extend(a) or plain_sdpa(*a, **k))
+    product = torch.empty(2, 37, 3, 3, 64, device=device)
+    attend(*product.unbind(2), backend="sdpa")
+    assert [tuple(tensor.shape) for tensor in seen] == 3 * [(2, 3, 37, 64)]
+    assert [tensor.is_contiguous() for tensor in seen] == 3 * [device == "cpu" and not compiling]
+
+
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
+@pytest.mark.usefixtures("formula")
 def test_norm_is_stable_for_rows_far_from_zero(offset: float) -> None:
     norm, tables = norm_and_tables()
     x = qkv()[1] + offset

@@ -123,6 +123,21 @@ def test_modulated_norm_is_upstreams_norm_zero_on_a_joint_stream(affine: bool) -
             assert relative_error(modulate.gate, gates) <= TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_eager_selection_is_where_s(dtype: torch.dtype) -> None:
+    """Bit for bit, whether by rows (without gradients) or by ``torch.where``, which gradients pass through."""
+    vectors = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    is_text = torch.arange(10)[:, None] < 4
+    with torch.enable_grad():
+        reference = Modulate.select(vectors.clone().requires_grad_(), is_text)
+    with torch.no_grad():
+        rows = Modulate.select(vectors, is_text)
+    assert [type(tensor.grad_fn).__name__ for tensor in reference] == 3 * ["WhereBackward0"]
+    for ours, theirs in zip(rows, reference, strict=True):
+        assert ours.shape == (2, 10, 8)
+        assert torch.equal(ours, theirs)
+
+
 def test_output_norm_is_upstreams() -> None:
     from diffusers.models.normalization import AdaLayerNorm
 
