@@ -6,6 +6,7 @@ Suffixes: B batch, F latent frames, C channels, H/W latent height/width, S joint
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import types
 import warnings
@@ -65,7 +66,8 @@ class Engine:
         self._dynamic, self._strict, self._cuda_graphs = dynamic, strict, cuda_graphs
         self._call: Call | None = None
         self._earlier: list[Call] = []
-        self._is_one_apart = cuda_graphs or (model.device.type == "cuda" and _quantizes_activations(model))
+        tried = model.device.type != "cuda" and bool(_least_batch())
+        self._is_one_apart = cuda_graphs or (_quantizes_activations(model) and not tried)
         self._cache_directory = cache_directory
         self._whole = compile(own(CogVideoXTransformer.forward)) if whole else None
         kinds: dict[Any, Callable[..., Any]] = {}
@@ -150,7 +152,7 @@ class Engine:
         An ordinary symbol is never 1: torch compiles sizes of 1 apart. So B is an unbacked one, which holds for 1 too
         (measured: benchmarks/NOTES.md) and of which torch must know that it is not 0: quantizing of activations asks.
         CUDA graphs are not recorded with unbacked symbols; there B = 1 is apart. So it is with quantized activations on
-        CUDA, where products of unbacked sizes have not been tried.
+        CUDA, where products of unbacked sizes have not been tried, and in versions of torch that cannot be told.
         """
         if not self._dynamic:
             return
@@ -160,7 +162,7 @@ class Engine:
             if tensor is None:
                 continue
             if batch and not self._is_one_apart:
-                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch", min=1)
+                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch", **_least_batch())
             elif batch:
                 mark_dynamic(tensor, 0)
             if dims and getattr(tensor, "_dynamo_dynamic_indices", None) != {*dims}:
@@ -294,6 +296,13 @@ def _quantizes_activations(model: nn.Module) -> bool:
     missing = object()
     subclasses = (tensor for tensor in model.parameters() if hasattr(tensor, "__tensor_flatten__"))
     return any(getattr(tensor, "act_quant_kwargs", missing) is not None for tensor in subclasses)
+
+
+def _least_batch() -> dict[str, int]:
+    """That a batch is 1 or more, in the words of ``mark_unbacked``; torch 2.11 has none for it."""
+    from torch._dynamo.decorators import mark_unbacked
+
+    return {"min": 1} if "min" in inspect.signature(mark_unbacked).parameters else {}
 
 
 def own(function: Callable[..., Any]) -> Callable[..., Any]:

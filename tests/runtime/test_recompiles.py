@@ -95,6 +95,29 @@ def test_quantized_activations_are_one_graph_for_all_batches_too() -> None:
     assert (stats.graphs, stats.recompiles) == (1, 0)
 
 
+def test_a_torch_that_cannot_be_told_of_a_least_batch_compiles_a_batch_of_one_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As 2.11, for quantized activations; others are one graph there, too."""
+    import quant
+
+    mark = torch._dynamo.decorators.mark_unbacked
+
+    def mark_as_in_2_11(t: Any, index: int, hint_override: int, strict: bool = False, *, shape_id: str) -> None:
+        mark(t, index, hint_override=hint_override, shape_id=shape_id)
+
+    monkeypatch.setattr(torch._dynamo.decorators, "mark_unbacked", mark_as_in_2_11)
+    for recipe, graphs in (("int8-dynamic", 2), ("int8-weight-only", 1)):
+        model = make("5b", num_layers=1).requires_grad_(False)
+        quant.quantize(model, recipe)
+        compile_model(model, CompileConfig(backend="aot_eager"))
+        with watch_compilation() as stats, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RecompileWarning)
+            for arguments in calls(model)[:3]:
+                call(model, arguments)
+        assert stats.graphs == graphs, recipe
+
+
 def test_a_mask_is_symbolic_too() -> None:
     model, eager = make("5b"), make("5b")
     eager.load_state_dict(model.state_dict())
