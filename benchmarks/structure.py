@@ -5,7 +5,8 @@
 Each case is compiled as far as the generated code, and not built or run. What is held: graphs, breaks and recompiles
 over a set of sizes; kernels by kind, launches, bytes, operations and the most that is held at once at the first size;
 bytes of the weights and parameters. Numbers and kernels are those of one call of the model, of what is compiled.
-Instructions spent compiling are not held: they are counted by the kernel's perf events, which containers refuse.
+Instructions spent compiling are not held: they are counted by the kernel's perf events, which many
+machines lack.
 """
 
 from __future__ import annotations
