@@ -24,8 +24,9 @@ setup: $(STAMP) ## Set up .venv with the tested versions (constraints.txt)
 demo: $(STAMP) ## Make a video with the tiny pipeline, beside diffusers
 	@$(BIN)/cogx-fast demo $(ARGS)
 
+# Two processes, which share the tests out by file. What -m chooses is timed or needs the whole GPU: one after another.
 test: $(STAMP) ## Run the tests (those marked gpu or slow: ARGS="-m gpu", ARGS="-m slow")
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(if $(filter -m,$(ARGS)),,-n 2 --dist loadfile --no-loadscope-reorder) $(ARGS)
 
 lint: $(STAMP) ## Check style, format and types
 	@$(BIN)/ruff check .

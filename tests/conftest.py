@@ -1,15 +1,19 @@
-"""What every test session shares: one compiled run of the demo."""
+"""What every test session shares: one compiled run of the demo, one package."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each, in their children too; read when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @dataclass(frozen=True)

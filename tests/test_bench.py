@@ -13,16 +13,18 @@ import torch
 
 from cogx_fast import timing
 from cogx_fast.model import layers
+from tests.clock import work_for_time
 from tests.conftest import report, run_cli
 
 WORK = ("bench", "tiny", "--no-compile", "--height", "128", "--width", "128", "--layers", "2", "--dtype", "fp32")
-ROUNDS = ("--rounds", "15")
+ROUNDS = ("--rounds", "2")
 
 
 @pytest.fixture(scope="module")
 def baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "baseline.json"
-    path.write_text(json.dumps(report(run_cli(*WORK, *ROUNDS, "--json"))))
+    with work_for_time():
+        path.write_text(json.dumps(report(run_cli(*WORK, *ROUNDS, "--json"))))
     return path
 
 
@@ -39,7 +41,8 @@ def test_the_report_says_what_was_timed(baseline: Path) -> None:
 
 
 def test_the_same_work_passes_and_needs_no_other_argument(baseline: Path) -> None:
-    finished = run_cli("bench", "--against", baseline, "--margin", "30%", *ROUNDS)
+    with work_for_time():
+        finished = run_cli("bench", "--against", baseline, "--margin", "1%", *ROUNDS)
     assert finished.status == 0, finished.out + finished.err
     assert "as fast as it was" in finished.out
 
@@ -53,11 +56,12 @@ def test_a_slower_path_fails_and_the_report_is_still_one_object(
         return (honest(self, x) + honest(self, x) + honest(self, x)) / 3
 
     monkeypatch.setattr(layers.FeedForward, "forward", twice)
-    finished = run_cli("bench", "--against", baseline, "--margin", "0.3", *ROUNDS, "--json")
+    with work_for_time():
+        finished = run_cli("bench", "--against", baseline, "--margin", "0.2", *ROUNDS, "--json")
     assert finished.status == 1
     facts = json.loads(finished.out)
     assert facts["passed"] is False
-    assert facts["rounds"] == 30  # measured again before it failed
+    assert facts["rounds"] == 4  # measured again before it failed
     assert facts["ratio"]["median"] > facts["baseline"]["limit"]
 
 

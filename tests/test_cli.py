@@ -44,10 +44,10 @@ def image_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_generate_writes_the_video_that_was_asked_for(tmp_path: Path) -> None:
     out = tmp_path / "new" / "video.mp4"
-    facts = report(generate(out, "--frames", "9", "--height", "96", "--fps", "12", "--json"))
+    facts = report(generate(out, "--frames", "9", "--height", "96", "--fps", "12", "--dtype", "fp32", "--json"))
     assert read_video(out).shape == (9, 96, 64, 3)
     assert (facts["frames"], facts["height"], facts["width"], facts["fps"]) == (9, 96, 64, 12)
-    assert (facts["dtype"], facts["device"], facts["compiled"], facts["warnings"]) == ("bf16", "cpu", False, [])
+    assert (facts["dtype"], facts["device"], facts["compiled"], facts["warnings"]) == ("fp32", "cpu", False, [])
     assert 0 < facts["seconds"]["median_step"] < facts["seconds"]["total"]
 
 
@@ -56,9 +56,11 @@ def test_every_option_reaches_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
         pass
 
     seen: list[Request] = []
+    dtypes: list[torch.dtype] = []
 
-    def run_pipeline(_: Any, request: Request, **__: Any) -> None:
+    def run_pipeline(pipe: Any, request: Request, **_: Any) -> None:
         seen.append(request)
+        dtypes.append(pipe.transformer.dtype)
         raise Stop
 
     monkeypatch.setattr("cogx_fast.generation.run_pipeline", run_pipeline)
@@ -74,6 +76,7 @@ def test_every_option_reaches_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
             guidance=1.5,
         )
     ]
+    assert dtypes == [torch.bfloat16]  # unless told otherwise
 
 
 def test_generate_is_what_diffusers_generates(tmp_path: Path) -> None:
@@ -110,7 +113,7 @@ def test_generate_in_bf16_and_in_words(tmp_path: Path) -> None:
 
 
 def test_a_length_that_the_vae_cannot_give_is_warned_of(tmp_path: Path) -> None:
-    facts = report(generate(tmp_path / "video.mp4", "--frames", "5", "--json"))
+    facts = report(generate(tmp_path / "video.mp4", "--frames", "5", "--dtype", "fp32", "--json"))
     assert len(read_video(tmp_path / "video.mp4")) == facts["frames"] == 8
     assert facts["warnings"] == [
         "the VAE makes 8 frames where 5 are asked for, for it decodes latent frames in pairs: ask for 1 or 9"
@@ -122,8 +125,9 @@ def test_generate_from_an_image(image_pipeline: Path, tmp_path: Path) -> None:
 
     Image.new("RGB", (100, 50), (200, 30, 30)).save(tmp_path / "image.png")
     finished = generate(
-        tmp_path / "video.mp4", "--image", tmp_path / "image.png", "--frames", "9", "--json", model=image_pipeline
-    )
+        tmp_path / "video.mp4", "--image", tmp_path / "image.png", "--frames", "9", "--dtype", "fp32", "--json",
+        model=image_pipeline,
+    )  # fmt: skip
     assert report(finished)["pipeline_class"] == "CogVideoXImageToVideoPipeline"
     assert read_video(tmp_path / "video.mp4").shape == (9, 64, 64, 3)
 

@@ -63,16 +63,12 @@ def test_our_model_equals_diffusers_on_it(pipe: Any) -> None:
     assert (actual - expected).norm() / expected.norm() <= 1e-5
 
 
-def test_its_videos_show_what_was_asked() -> None:
-    """A small share of ``python -m benchmarks.tiny.evaluate``, whose figures are in the card; half the steps, bf16."""
-    from diffusers import CogVideoXPipeline
-
-    pipe = CogVideoXPipeline.from_pretrained(assets.tiny_pipeline_dir(), torch_dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
-    asked = [(digit, quality.MOTIONS[(digit + turn) % 5]) for turn in range(2) for digit in range(10)]
+def test_its_videos_show_what_was_asked(pipe: Any) -> None:
+    """A small share of ``python -m benchmarks.tiny.evaluate``, whose figures are in the card; a fifth of the steps."""
+    asked = [(digit, quality.MOTIONS[digit % 5]) for digit in range(10)]
     generators = [torch.Generator().manual_seed(i) for i in range(len(asked))]
     videos = pipe(
-        [digits.prompt(*one) for one in asked], num_inference_steps=25, max_sequence_length=8,
+        [digits.prompt(*one) for one in asked], num_inference_steps=10, max_sequence_length=8,
         generator=generators, output_type="np",
     ).frames  # fmt: skip
     accuracy = quality.measure(list(np.asarray(videos)), asked)

@@ -34,14 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiny.quantized", description=__doc__)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="names or files [all that come along]")
     parser.add_argument("--steps", type=int, default=50, help="of sampling [50]")
-    parser.add_argument("--rounds", type=int, default=1, help="videos of each of the 50 prompts [1]")
+    parser.add_argument("--prompts", type=int, default=50, help="how many of the 50, from the first [50]")
+    parser.add_argument("--rounds", type=int, default=1, help="videos of each prompt [1]")
     parser.add_argument("--device", default="cpu", help="[cpu]")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     parser.add_argument("--write", action="store_true", help="put them into the recipes' files")
     options = parser.parse_args(arguments)
     quiet()
     expected = videos(None, options)
-    asked = [(digit, motion) for digit, motion, _ in digits.all_prompts()] * options.rounds
+    asked = [(digit, motion) for digit, motion, _ in digits.all_prompts()[: options.prompts]] * options.rounds
     before = quality.measure(expected, asked)
     rows = [{"recipe": "bf16", "digit": before.digit, "motion": before.motion}]
     for name in options.recipes or quant.recipe_names():
@@ -91,7 +92,7 @@ def videos(recipe: quant.Recipe | None, options: argparse.Namespace) -> np.ndarr
         quant.quantize(model, recipe)
     pipe = CogVideoXPipeline.from_pretrained(tiny_pipeline_dir(), transformer=model, torch_dtype=torch.bfloat16)
     pipe.to(options.device).set_progress_bar_config(disable=True)
-    words = [words for _, _, words in digits.all_prompts()]
+    words = [words for _, _, words in digits.all_prompts()[: options.prompts]]
     rounds = [generate(pipe, words, seed=seed, steps=options.steps, guidance=6.0) for seed in range(options.rounds)]
     return np.concatenate(rounds)
 

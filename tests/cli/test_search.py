@@ -16,7 +16,9 @@ from quant import sensitivity
 from tests.conftest import report, run_cli
 from tests.support import small
 
-OPTIONS = ("--steps", "2", "--samples", "2", "--schemes", "int8-dynamic,int8-weight-only", "--device", "cpu")
+OPTIONS = (
+    "--steps", "2", "--samples", "2", "--schemes", "int8-dynamic,int8-weight-only", "--device", "cpu", "--dtype", "fp32"
+)  # fmt: skip
 
 
 def search(out: Path, *options: str, budget: str = "38") -> Any:

@@ -48,6 +48,15 @@ def packaged(package: Package) -> CogVideoXModel:
     return load_package(package.path, package.checkpoint)
 
 
+def test_the_command_reports_it(package: Package) -> None:
+    facts = package.facts
+    assert facts["file"] == str(package.path)
+    assert facts["bytes"] == package.path.stat().st_size
+    assert (facts["dtype"], facts["attention"], facts["kinds"]) == ("float32", "sdpa", 1)
+    assert facts["sizes"] == {"tokens": [2, 264], "batch": 4}
+    assert facts["seconds"] > 0
+
+
 def test_one_package_computes_every_size_of_its_range(packaged: CogVideoXModel, package: Package) -> None:
     check(packaged, load(package.checkpoint))
 
