@@ -26,6 +26,8 @@ from cogx_fast.terminal import table
 
 BARS = {"weight-only": 35.0, "dynamic": 28.0}
 """Least mean PSNR in dB, by kind of recipe."""
+DTYPE = torch.bfloat16
+"""Of the pipeline that recipes are held against, and of what they leave."""
 POINTS = 2.0
 """Digits and motions may be rightly read in so many per cent fewer of the videos."""
 
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 def runnable(name: str, device: str) -> quant.Recipe | None:
     """The recipe, or where it cannot run its emulation, or None."""
     recipe = quant.load_recipe(name)
-    model = cogx_fast.load("tiny", dtype="bf16", device=device)
+    model = cogx_fast.load("tiny", dtype=DTYPE, device=device)
     for candidate in (lambda: recipe, recipe.emulated):
         try:
             quant.plan(model, candidate())
@@ -87,10 +89,10 @@ def videos(recipe: quant.Recipe | None, options: argparse.Namespace) -> np.ndarr
     """Clips of every prompt ``(B, F, H, W, 3)`` as uint8, made by our model."""
     from diffusers import CogVideoXPipeline
 
-    model = cogx_fast.load("tiny", dtype="bf16", device=options.device)
+    model = cogx_fast.load("tiny", dtype=DTYPE, device=options.device)
     if recipe is not None:
         quant.quantize(model, recipe)
-    pipe = CogVideoXPipeline.from_pretrained(tiny_pipeline_dir(), transformer=model, torch_dtype=torch.bfloat16)
+    pipe = CogVideoXPipeline.from_pretrained(tiny_pipeline_dir(), transformer=model, torch_dtype=DTYPE)
     pipe.to(options.device).set_progress_bar_config(disable=True)
     words = [words for _, _, words in digits.all_prompts()[: options.prompts]]
     rounds = [generate(pipe, words, seed=seed, steps=options.steps, guidance=6.0) for seed in range(options.rounds)]

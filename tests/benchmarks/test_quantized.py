@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import quant
 from benchmarks.tiny import quantized
@@ -20,7 +21,10 @@ def accuracy(digit: float, motion: float = 1.0) -> quality.Accuracy:
     )
 
 
-def test_a_recipe_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized, "DTYPE", torch.float32)  # which every CPU computes quickly
     out = tmp_path / "figures.json"
     status = quantized.main(["int8-weight-only", "--steps", "1", "--prompts", "2", "--out", str(out)])
     before, found = json.loads(out.read_text())
