@@ -37,7 +37,6 @@ def blocks(request: pytest.FixtureRequest) -> Blocks:
     """Upstream's block and ours with its weights, and a stream whose values are as uneven as in the trained models."""
     from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 
-    torch.set_num_threads(2)
     config = dataclasses.replace(PRESETS[request.param], num_layers=1)
     torch.manual_seed(0)
     theirs = CogVideoXBlock(
@@ -83,9 +82,9 @@ def run_theirs(blocks: Blocks, dtype: torch.dtype, video: Tensor, text: Tensor) 
 
 def run_ours(blocks: Blocks, dtype: torch.dtype, video: Tensor, text: Tensor) -> Tensor:
     ours, modulation = blocks.ours.to(dtype), blocks.modulation.to(dtype)
-    rotary = None if blocks.tables is None else join_rotary(*blocks.tables, text_len=TEXT_LEN)
+    rotary = None if blocks.tables is None else join_rotary(*blocks.tables, text_len=text.shape[1])
     x = torch.cat([text, video], dim=1).to(dtype)
-    is_text = torch.arange(x.shape[1])[:, None] < TEXT_LEN
+    is_text = torch.arange(x.shape[1])[:, None] < text.shape[1]
     return ours(x, modulation(blocks.emb.to(dtype))[:, 0], is_text, rotary, None)
 
 
@@ -123,9 +122,14 @@ def test_block_of_full_width_in_fp32_with_gradients(blocks: Blocks) -> None:
 
 
 def test_block_of_full_width_rounds_no_more_than_upstream_in_bf16(blocks: Blocks) -> None:
-    """Weights and inputs are rounded first, so that what is compared is the rounding inside the block alone."""
+    """Weights and inputs are rounded first, so that what is compared is the rounding inside the block alone.
+
+    The first 40 of the tokens are 80,000 values and more, and a processor without bf16 takes its time for each.
+    """
     dtype = torch.bfloat16
-    blocks = blocks._replace(**{x: getattr(blocks, x).to(dtype).float() for x in ("video", "text", "emb")})
+    tables = None if blocks.tables is None else tuple(table[:27] for table in blocks.tables)
+    first = {"video": blocks.video[:, :27], "text": blocks.text[:, :13], "emb": blocks.emb}
+    blocks = blocks._replace(**{name: x.to(dtype).float() for name, x in first.items()}, tables=tables)
     with torch.no_grad():
         theirs = run_theirs(blocks, dtype, blocks.video, blocks.text)
         ours = run_ours(blocks, dtype, blocks.video, blocks.text)
