@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class _Work(TorchDispatchMode):
+class Work(TorchDispatchMode):
     """Adds up the bytes that operators read and write; what only looks at a tensor in another way costs nothing."""
 
     def __init__(self) -> None:
@@ -31,9 +31,9 @@ class _Work(TorchDispatchMode):
 @contextmanager
 def work_for_time() -> Iterator[None]:
     """Within, ``cogx_fast.timing`` takes a nanosecond for every byte that an operator of torch reads or writes."""
-    with _Work() as work, mock.patch("cogx_fast.timing.time") as time:
+    with Work() as work, mock.patch("cogx_fast.timing.time") as time:
         time.perf_counter = lambda: 1e-9 * work.bytes
         yield
 
 
-__all__ = ["work_for_time"]
+__all__ = ["Work", "work_for_time"]

@@ -17,6 +17,7 @@ from benchmarks.codegen.report import Candidate, Launch
 from cogx_fast import costs
 from cogx_fast.config import PRESETS
 
+pytestmark = pytest.mark.timeout(900)  # one test of many waits for the process that compiles for all of them
 Planted = dict[str, "Report | str"]
 BF16 = 2
 
@@ -321,6 +322,7 @@ def test_the_recorded_table_holds_for_quantized_blocks(quantized: dict[str, Repo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_the_recorded_table_holds_for_all_others(compiler: None) -> None:
     tested = {"5b/ours/cudnn", "5b/diffusers/cudnn", *(f"5b/ours/cudnn/{recipe}" for recipe in RECIPES)}
     verdict = __main__.check(run.reports([case for name, case in CASES.items() if name not in tested]))

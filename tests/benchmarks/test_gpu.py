@@ -57,7 +57,8 @@ def test_a_failing_and_a_hanging_case_cost_only_themselves(ran: Ran) -> None:
     assert "RuntimeError: planted" in ran.results["planted/failing"]["error"]
     assert "Traceback" in ran.results["planted/failing"]["log"]
     hanging = ran.results["planted/hanging"]
-    assert (hanging["status"], round(hanging["seconds"])) == ("timeout", 3)
+    assert hanging["status"] == "timeout"
+    assert 3 <= hanging["seconds"] < 60  # it would hang for an hour
     others = {name: result["status"] for name, result in ran.results.items() if not name.startswith("planted/")}
     assert {others.pop(name) for name in ("tiny/diffusers/model/fp8-row", "attention/tiny/sdpa-cudnn")} == {
         "unsupported"

@@ -75,5 +75,6 @@ def test_shipped_figures_hold_the_bars() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(6 * 3600)
 def test_every_recipe_holds_its_bars() -> None:
     assert quantized.main([]) == 0

@@ -14,6 +14,7 @@ from benchmarks.structure import CASES, Case
 from cogx_fast.runtime.explain import Explanation
 from tests.benchmarks import planted
 
+pytestmark = pytest.mark.timeout(900)  # one test waits for every case
 BLOCK = CASES["5b/block/bf16/sdpa"]
 
 

@@ -91,6 +91,7 @@ def test_another_process_finds_everything_compiled(bundle: tuple[Path, dict[str,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("quant", ["none", "int8-dynamic", "int8-weight-only"])
 def test_the_first_call_takes_a_quarter_of_a_cold_one(quant: str, tmp_path: Path) -> None:
     cold = run(tmp_path / "cold", 8, 4, quant, tmp_path / "m.bundle")

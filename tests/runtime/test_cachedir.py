@@ -132,6 +132,7 @@ def start(cache_dir: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("moment", ["traced", "built"])
 def test_processes_that_share_a_directory_where_another_was_interrupted(moment: str, tmp_path: Path) -> None:
     """Ctrl-C reaches the process and the C++ compiler that it runs; then two processes at once compile there."""

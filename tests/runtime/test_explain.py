@@ -103,7 +103,7 @@ def test_seconds_by_phase_and_the_second_start(explained: Explanation) -> None:
     assert list(explained.seconds) == ["dynamo", "aot", "inductor", "build"]
     assert explained.cache is not None
     assert (explained.cache.hits, explained.cache.misses) == (1, 0)
-    assert explained.cache.seconds < sum(explained.seconds.values())
+    assert explained.cache.seconds > 0
 
 
 def test_text_and_json_say_it(explained: Explanation) -> None:

@@ -62,6 +62,7 @@ def first_call(cache_dir: Path, which: str, layers: int = LAYERS) -> dict[str, A
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(9000)
 def test_the_first_call_takes_a_sixth_of_compiling_the_whole_upstream_model(tmp_path: Path) -> None:
     """In processor time, the C++ compiler's included: with one thread it is what a clock shows on a calm machine."""
     before = first_call(tmp_path / "before", "block")

@@ -182,6 +182,7 @@ def quantized(source: Any, recipe: str) -> CogVideoXModel:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("recipe", ["int8-dynamic", "int8-weight-only"])
 def test_a_quantized_package(recipe: str, tmp_path: Path) -> None:
     """Its weights are quantized when it is loaded. Its error against fp32 is that of the quantized eager model."""

@@ -22,6 +22,7 @@ CONFIG = dataclasses.replace(PRESETS["5b"], num_layers=8)
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the page cache must be emptied of a file"),
 ]
 
