@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type bench perf-check perf-accept bench-compare gpu-wheels train-tiny clean
+.PHONY: help setup demo test lint type perf-check perf-accept bench-gpu bench-compare gpu-wheels train-tiny clean
 .DELETE_ON_ERROR:
 
 help: ## Show this help
@@ -36,15 +36,15 @@ lint: $(STAMP) ## Check style, format and types
 type: $(STAMP) ## Check types only
 	@$(BIN)/mypy
 
-bench: $(STAMP) ## Run the benchmarks
-	@$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
-
 perf-check: $(STAMP) ## Time ours against diffusers here, and fail where it became slower
 	@$(BIN)/python -W ignore -m benchmarks.check $(ARGS)
 
 perf-accept: $(STAMP) ## Record what the compiler makes now: structure and generated GPU code
 	@$(BIN)/python -W ignore -m benchmarks.structure --accept $(ARGS)
 	@$(BIN)/python -W ignore -m benchmarks.codegen --accept $(ARGS)
+
+bench-gpu: $(STAMP) ## Hold ours beside diffusers on this machine's GPU against its table; ARGS=--accept records it
+	@$(BIN)/python -W ignore -m benchmarks.gpu $(ARGS)
 
 bench-compare: $(STAMP) ## Time the working tree against a revision: make bench-compare BASE=main
 	@$(BIN)/python -W ignore -m benchmarks.compare $(or $(BASE),$(error name a revision: make bench-compare BASE=main)) $(ARGS)

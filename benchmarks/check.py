@@ -72,7 +72,7 @@ def check(
     """Measure cases and hold them against a table.
 
     Returns:
-        The verdict, with what became faster among its notes, and the measurements by case.
+        The verdict, and the measurements by case.
     """
     progress = progress or Progress()
     results: dict[str, Any] = {}
@@ -89,31 +89,24 @@ def judge(
     expected: Mapping[tuple[str, str], gate.Row], ratios: Mapping[str, float], here: Mapping[str, str]
 ) -> gate.Verdict:
     """Hold ratios against a table's rows; only what is slower, missing or stale fails."""
-    measured = {name: {METRIC: round(ratio, 3)} for name, ratio in ratios.items()}
-    verdict = gate.compare(expected, measured, {}, here)
-    known = cases()
-    stale = [f"{row} has no case" for row in expected.values() if row.case not in {*known, gate.VERSIONS}]
+    verdict = gate.compare(expected, _measured(ratios), {}, here, told={METRIC})
+    stale = [f"{row} has no case" for row in expected.values() if row.case not in {*cases(), gate.VERSIONS}]
     verdict.stale += [] if verdict.not_binding else stale
-    verdict.notes = [f"faster: {win} (make perf-check ARGS=--accept records it)" for win in verdict.wins]
-    faster = {win.partition(" ")[0] for win in verdict.wins}
     verdict.replacement = [
-        dataclasses.replace(row, margin=_margin(row.case) if row.margin == "0" else row.margin)
-        for row in verdict.replacement
-        if row.case not in faster
+        dataclasses.replace(row, margin=_margin(row.case)) if row.margin == "0" else row for row in verdict.replacement
     ]
-    verdict.wins = []
     return verdict
 
 
 def accept(results: Mapping[str, Any], path: Path = EXPECTED) -> None:
     """Record ratios; rows of cases that were not measured stay if they hold for these versions."""
-    recorded = gate.read(path) if path.is_file() else {}
-    before = {row.metric: row.value for row in recorded.values() if row.case == gate.VERSIONS}
-    kept = {row.case: row for row in recorded.values() if before == versions() and row.case in cases()}
-    for name, result in results.items():
-        margin = kept[name].margin if name in kept else _margin(name)
-        kept[name] = gate.Row(name, METRIC, str(round(result[METRIC]["median"], 3)), margin)
-    gate.write(path, versions(), kept.values())
+    for name, result in results.items():  # a case at a time: margins differ
+        measured = _measured({name: result[METRIC]["median"]})
+        gate.record(path, versions(), measured, {}, order=cases(), margins={METRIC: _margin(name)})
+
+
+def _measured(ratios: Mapping[str, float]) -> gate.Measured:
+    return {name: {METRIC: round(ratio, 3)} for name, ratio in ratios.items()}
 
 
 def versions() -> dict[str, str]:
@@ -164,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         accept(results)
         print(f"recorded in {EXPECTED}")
         return 0
-    print("\n".join([*verdict.notes, str(verdict)]))
+    print(verdict)
     return int(not verdict.passed)
 
 

@@ -1,21 +1,24 @@
 """Expected results, held in a table: case, metric, value, margin.
 
-Numbers are better when they are less. The gate fails on one that grew, on one that shrank (an improvement is claimed by
-recording it, or the next regression hides behind it), on one that has no row and on a row that nothing measures any
-more; it prints the rows that would replace them. Words must stay the same. Rows whose margin is ``note`` fail nothing:
+Numbers are better when they are less (``MORE_IS_BETTER`` names the others). The gate fails on one that became worse, on
+one that became better (an improvement is claimed by recording it, or the next regression hides behind it; times that
+luck may have made better are only told), on one that has no row and on a row that nothing measures any more; it prints
+the rows that would replace them. Words must stay the same. Rows whose margin is ``note`` fail nothing:
 they say what changed. Rows of the case ``versions`` say for which versions the table holds; for others it says nothing.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 HEADER = ("case", "metric", "value", "margin")
 NOTE = "note"
 VERSIONS = "versions"
+MORE_IS_BETTER = frozenset({"percent_of_ceilings"})
 
 Measured = Mapping[str, Mapping[str, int | float | str]]
 """Values by case and metric."""
@@ -44,6 +47,9 @@ class Verdict:
     missing: list[str] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    """What explains a failure."""
+    told: list[str] = field(default_factory=list)
+    """What became better and fails nothing."""
     replacement: list[Row] = field(default_factory=list)
     """The rows that would make it pass."""
     not_binding: str = ""
@@ -65,7 +71,8 @@ class Verdict:
             lines += ["what changed:", *(f"  {note}" for note in self.notes)]
         if self.replacement:
             lines += ["if this is meant, the rows are:", *(f"  {row}" for row in self.replacement)]
-        return "\n".join(lines) or "passed"
+        lines = lines or ["passed"]
+        return "\n".join([*lines, *(f"better (--accept records it): {entry}" for entry in self.told)])
 
 
 def read(path: Path) -> dict[tuple[str, str], Row]:
@@ -98,7 +105,13 @@ def write(path: Path, versions: Mapping[str, str], rows: Iterable[Row]) -> None:
 
 
 def compare(
-    expected: Mapping[tuple[str, str], Row], measured: Measured, notes: Measured, versions: Mapping[str, str]
+    expected: Mapping[tuple[str, str], Row],
+    measured: Measured,
+    notes: Measured,
+    versions: Mapping[str, str],
+    *,
+    told: Collection[str] = (),
+    margins: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Hold measurements against a table.
 
@@ -107,9 +120,11 @@ def compare(
         measured: what was measured and is held.
         notes: what was seen beside it and only explains.
         versions: what it was measured with.
+        told: metrics that fail nothing where they became better.
+        margins: of new rows, by metric; 0 if not named.
     """
     verdict = Verdict()
-    recorded = {row.metric: row.value for row in expected.values() if row.case == VERSIONS}
+    recorded = _versions(expected)
     if recorded and recorded != dict(versions):
         verdict.not_binding = f"the table holds for {_words(recorded)}, here is {_words(versions)}"
         return verdict
@@ -118,9 +133,9 @@ def compare(
             row = expected.get((case, metric))
             if row is None:
                 verdict.missing.append(f"{case} {metric} is {value}")
-                verdict.replacement.append(Row(case, metric, str(value)))
-            elif row.value != str(value):
-                _judge(verdict, row, value)
+                verdict.replacement.append(Row(case, metric, str(value), (margins or {}).get(metric, "0")))
+            elif row.value != str(value) and row.margin != NOTE:
+                _judge(verdict, row, value, told)
         for row in expected.values():
             if row.case == case and row.margin != NOTE and row.metric not in metrics:
                 verdict.stale.append(f"{row} is no longer measured")
@@ -135,6 +150,46 @@ def rows(measured: Measured, notes: Measured) -> list[Row]:
     return sorted(found, key=lambda row: row.case)  # stable: within a case in the order given
 
 
+def record(
+    path: Path,
+    versions: Mapping[str, str],
+    measured: Measured,
+    notes: Measured,
+    *,
+    order: Iterable[str] = (),
+    margins: Mapping[str, str] | None = None,
+) -> None:
+    """Make a table hold exactly this.
+
+    Rows of other cases stay if they hold for these versions, rows that are measured again keep their margins.
+
+    Args:
+        path: the table; it need not be there.
+        versions: what it was measured with.
+        measured: what is held.
+        notes: what only explains.
+        order: of the cases; where it is given, the others are dropped.
+        margins: of new rows, by metric; 0 if not named.
+    """
+    before = read(path) if path.is_file() else {}
+    if _versions(before) != dict(versions):
+        before = {}
+    places = {name: place for place, name in enumerate(order)}
+    kept = [row for row in before.values() if row.case not in {VERSIONS, *measured}]
+    found = [*(row for row in kept if not places or row.case in places), *rows(measured, notes)]
+    for place, row in enumerate(found):
+        known = before.get((row.case, row.metric))
+        if row.margin != NOTE:
+            margin = (margins or {}).get(row.metric, "0") if known is None or known.margin == NOTE else known.margin
+            found[place] = dataclasses.replace(row, margin=margin)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, versions, sorted(found, key=lambda row: places.get(row.case, len(places))))
+
+
+def _versions(table: Mapping[tuple[str, str], Row]) -> dict[str, str]:
+    return {row.metric: row.value for row in table.values() if row.case == VERSIONS}
+
+
 def _changed(expected: Mapping[tuple[str, str], Row], case: str, seen: Mapping[str, int | float | str]) -> list[str]:
     known = {row.metric: row.value for row in expected.values() if row.case == case and row.margin == NOTE}
     new = [f"{case} {name} is new ({value})" for name, value in seen.items() if name not in known]
@@ -143,7 +198,7 @@ def _changed(expected: Mapping[tuple[str, str], Row], case: str, seen: Mapping[s
     return new + gone + [f"{case} {name}: {known[name]} -> {seen[name]}" for name in both]
 
 
-def _judge(verdict: Verdict, row: Row, value: int | float | str) -> None:
+def _judge(verdict: Verdict, row: Row, value: int | float | str, told: Collection[str]) -> None:
     change = f"{row.case} {row.metric}: {row.value} -> {value}"
     if isinstance(value, str):
         verdict.regressions.append(change)
@@ -152,7 +207,11 @@ def _judge(verdict: Verdict, row: Row, value: int | float | str) -> None:
         ratio = value / before if before else float("inf")
         if abs(value - before) <= float(row.margin) * abs(before):
             return
-        (verdict.regressions if value > before else verdict.wins).append(f"{change} ({ratio:.3f} ×)")
+        worse = value < before if row.metric in MORE_IS_BETTER else value > before
+        if not worse and row.metric in told:
+            verdict.told.append(f"{change} ({ratio:.3f} ×)")
+            return
+        (verdict.regressions if worse else verdict.wins).append(f"{change} ({ratio:.3f} ×)")
     verdict.replacement.append(Row(row.case, row.metric, str(value), row.margin))
 
 

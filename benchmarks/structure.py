@@ -159,12 +159,11 @@ def check(found: Found, expected: Path = EXPECTED) -> gate.Verdict:
 
 def accept(found: Found, expected: Path = EXPECTED) -> None:
     """Record what was found; other cases keep theirs, unless they were recorded with other versions."""
-    recorded = gate.read(expected) if expected.is_file() else {}
-    same = {row.metric: row.value for row in recorded.values() if row.case == gate.VERSIONS} == versions()
-    kept = [row for row in recorded.values() if same and row.case in CASES.keys() - found.keys()]
-    rows = [*kept, *gate.rows({name: metrics(item) for name, item in found.items()}, {})]
-    order = {name: place for place, name in enumerate(CASES)}
-    gate.write(expected, versions(), sorted(rows, key=lambda row: order.get(row.case, len(order))))
+    same = expected.is_file() and all(
+        gate.read(expected).get((gate.VERSIONS, name)) == gate.Row(gate.VERSIONS, name, version)
+        for name, version in versions().items()
+    )
+    gate.record(expected, versions(), {name: metrics(item) for name, item in found.items()}, {}, order=CASES)
     listed = _read_kernels(expected) if same else {}
     listed |= {name: kernels(item) for name, item in found.items()}
     sections = ["\n".join([f"# {name}", *listed[name]]) for name in CASES if name in listed]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,26 +64,22 @@ class Contest:
             OURS: lambda: run(ours, arguments),
             PEER: lambda: run(peer, arguments),
         }
+        self._now = timing.clock(work.device)
         self.first_call: dict[str, float] = {}
         """Seconds of the first call of each, compiling in it."""
         for name, step in self.steps.items():
             progress.stage(f"{name}: the first call")
-            begin = time.perf_counter()
+            begin = self._now()
             noise = step()
-            self._synchronize()
-            self.first_call[name] = time.perf_counter() - begin
+            self.first_call[name] = self._now() - begin
             if not noise.isfinite().all():
                 raise ValueError(f"{name} predicts infinities or NaN in {work.dtype}: choose another dtype")
-        timing.take_turns(self.steps, rounds=_WARM_UP, synchronize=self._synchronize)
+        timing.take_turns(self.steps, rounds=_WARM_UP, now=self._now)
 
     def run(self, rounds: int, progress: Progress | None = None) -> dict[str, list[float]]:
         """Seconds of each, by round, in turns."""
         shown = (progress or Progress()).steps("timing in turns", rounds)
-        return timing.take_turns(self.steps, rounds=rounds, synchronize=self._synchronize, on_round=shown)
-
-    def _synchronize(self) -> None:
-        if self.work.device.type == "cuda":
-            torch.cuda.synchronize(self.work.device)
+        return timing.take_turns(self.steps, rounds=rounds, now=self._now, on_round=shown)
 
 
 def run(model: Any, arguments: Mapping[str, Any]) -> Tensor:

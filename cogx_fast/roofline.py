@@ -213,7 +213,7 @@ def with_ceilings(device: Device, measured: Mapping[str, Any]) -> Device:
     Args:
         device: a described device.
         measured: TFLOP/s under ``bf16``, ``fp8``, ``int8`` and GB/s under ``bandwidth`` and ``link``; any of them. The
-            battery writes such a file (``python -m benchmarks.gpu``: ``ceilings.json``).
+            GPU gate writes such a file (``python -m benchmarks.gpu``: ``ceilings.json``).
 
     Raises:
         ValueError: a key or value that is none of these.

@@ -8,6 +8,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _RESAMPLES = 1000
 _CONFIDENCE = 0.95
@@ -25,11 +29,41 @@ class Interval:
         return f"{self.median:.3f} ({self.low:.3f}–{self.high:.3f})"
 
 
+def clock(device: torch.device) -> Callable[[], float]:
+    """A function that gives seconds since some moment when the device has done what it was given.
+
+    On CUDA the seconds are those of the device, between events on its current stream; elsewhere of the wall clock.
+    """
+    return _Events(device) if device.type == "cuda" else time.perf_counter
+
+
+class _Events:
+    """A sum over pairs of events: one pair over hours would round seconds to milliseconds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._seconds = device, 0.0
+        self._last = self._record()
+
+    def __call__(self) -> float:
+        now = self._record()
+        self._seconds += self._last.elapsed_time(now) / 1e3
+        self._last = now
+        return self._seconds
+
+    def _record(self) -> Any:
+        import torch
+
+        event: Any = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        event.synchronize()
+        return event
+
+
 def take_turns(
     steps: Mapping[str, Callable[[], object]],
     *,
     rounds: int,
-    synchronize: Callable[[], None] = lambda: None,
+    now: Callable[[], float] = time.perf_counter,
     on_round: Callable[[int], None] = lambda _: None,
 ) -> dict[str, list[float]]:
     """Seconds of each step in each round.
@@ -40,17 +74,15 @@ def take_turns(
     Args:
         steps: what to time, by name.
         rounds: how often.
-        synchronize: waits for the device to be done.
+        now: a ``clock``.
         on_round: called with the number of rounds done.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         for name in list(steps) if number % 2 == 0 else reversed(list(steps)):
-            synchronize()
-            begin = time.perf_counter()
+            begin = now()
             steps[name]()
-            synchronize()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(now() - begin)
         on_round(number + 1)
     return seconds
 
@@ -78,4 +110,4 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
-__all__ = ["Interval", "median", "percentile", "ratio", "take_turns"]
+__all__ = ["Interval", "clock", "median", "percentile", "ratio", "take_turns"]

@@ -60,17 +60,7 @@ def check(found: Sequence[Report], expected: Path = EXPECTED) -> gate.Verdict:
 
 def accept(found: Sequence[Report], expected: Path = EXPECTED) -> None:
     """Record reports; other cases keep theirs, unless they were recorded with other versions."""
-    recorded = gate.read(expected) if expected.is_file() else {}
-    versions = {row.metric: row.value for row in recorded.values() if row.case == gate.VERSIONS}
-    now = {report.case for report in found}
-    kept = [
-        row
-        for row in recorded.values()
-        if versions == dict(found[0].versions) and row.case not in now | {gate.VERSIONS}
-    ]
-    rows = [*kept, *gate.rows(_measured(found), _kernels(found))]
-    order = {name: place for place, name in enumerate(CASES)}
-    gate.write(expected, found[0].versions, sorted(rows, key=lambda row: order.get(row.case, len(order))))
+    gate.record(expected, found[0].versions, _measured(found), _kernels(found), order=CASES)
 
 
 def _measured(found: Sequence[Report]) -> gate.Measured:

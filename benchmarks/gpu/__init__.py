@@ -1,17 +1,18 @@
-"""The battery: on whatever GPU it finds, what is right, what the device can do, and how fast ours and the peers are.
+"""The GPU regression gate: how fast ours is beside diffusers compiled on whatever GPU it finds, held against a table.
 
-    python -m benchmarks.gpu --budget 540 --out out/gpu
+    python -m benchmarks.gpu [--budget 540] [--accept]          or, in one process: pytest benchmarks/gpu
 
-Order: the device's ceilings; then for each model ours and the peers, most informative first, until the budget is spent.
-Every case is a process with a time limit of its own. It first computes one layer's model at the real size and holds it
-against diffusers' in fp32: a case whose result is wrong is red and is not timed. Then it times steps with random
-weights, of which the time does not depend: ours, compiled as one block, with all layers for the first model; what takes
-minutes to compile with few layers, extrapolated (``cases.FEW_LAYERS``), which the table marks with ~.
+Every case is a pytest-benchmark test of one model: one block of it (a model of one layer) or a whole step, at the
+model's own video size, by recipe and compile scope; and attention alone, kernel by kernel. First one layer is held
+against diffusers' in fp32: a case whose result is wrong is red and is not timed. Then ours and diffusers under
+``torch.compile(mode="max-autotune", fullgraph=True)`` run in turns, timed between CUDA events on a warm GPU.
 
-Peers are diffusers, eager and ``torch.compile(mode="max-autotune", fullgraph=True)``, the same with torchao's fp8 per
-row and int8 dynamic on the blocks' linears, and, where it is installed, with SageAttention. Step caches (cache-dit,
-ParaAttention) are not among them: how many steps they skip depends on real weights.
+What is held (``suite.MARGINS``), in ``expected/gpu/<device>.csv``: the ratio to diffusers in the same run, the per cent
+of the time that the ceilings measured in the same run allow (``roofline``), peak memory, and kernel launches. Without a
+table for the device, or without a row of a case, that is said and recorded. ``--accept`` records everything anew. What
+diffusers eager and with torchao's recipes do is recorded beside it and held to nothing.
 
-``wheels`` collects what an offline machine lacks; ``session.sh`` is the order for half an hour in commands of at most
-ten minutes. ``--device cpu --quick`` runs every line of it in a minute or so, with toy sizes.
+The runner gives every model a process, restarts it after what crashes or hangs, stops when the budget is spent, names
+what was not run, and goes on from ``--out`` the next time (``budget``). ``wheels`` collects what an offline machine
+lacks; ``session.sh`` is the order for half an hour. ``--device cpu --quick`` runs every line of it with toy sizes.
 """

@@ -1,100 +1,127 @@
-"""Ours and the peers, built and prepared as their users would."""
+"""Ours and the peers, built and prepared as their users would, and attention alone."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from benchmarks.gpu.cases import DIFFUSERS, OURS, Case
+from benchmarks.gpu.cases import BATCH, FLEX_OPTIONS, SPARSE, Case
 from cogx_fast import bench, load
-from cogx_fast.config import TransformerConfig
 from cogx_fast.model.backends import BACKENDS
+from cogx_fast.model.masks import full_block_mask
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.plan import LAST_TIMESTEP
 
 DTYPE = torch.bfloat16
-BATCH = 2
-run = bench.run
+Step = Callable[[], Tensor]
 
 
 class UnsupportedError(RuntimeError):
     """This machine or its packages cannot run the case; the message says what is missing."""
 
 
-def upstream(config: TransformerConfig, dtype: torch.dtype, device: torch.device) -> Any:
+def upstream(case: Case, device: torch.device, dtype: torch.dtype = DTYPE) -> Any:
     """diffusers' transformer with random weights, the same every time."""
-    tokens = Case(name="", kind="step", limit=0, model="tiny").tokens  # of no effect: building needs no sizes
-    return bench.random_upstream(bench.Work(config=config, tokens=tokens, dtype=dtype, device=device))
+    return bench.random_upstream(bench.Work(config=case.config, tokens=case.tokens, dtype=dtype, device=device))
 
 
-def perturbed(model: nn.Module) -> Any:
-    """The same with norms, biases and gates away from their trivial start, so that the block shows in the result."""
-    with torch.random.fork_rng():
+def perturbed(case: Case, device: torch.device) -> Any:
+    """The same in fp32, with norms, biases and gates away from their trivial start, so that the block shows."""
+    model = upstream(case, device, torch.float32)
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(2)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
 
 
-def arguments(case: Case, dtype: torch.dtype, device: torch.device, *, dense: bool = False) -> dict[str, Any]:
-    """Random arguments of one call, the same every time; ``dense``: at a timestep where sparse plans are dense."""
-    found = bench.call_arguments(case.config, case.tokens, BATCH, dtype, device)
-    if dense and case.attention_plan:
-        found["timestep"] = torch.full_like(found["timestep"], int(LAST_TIMESTEP) - 1)
-    return found
+def step(model: Any, case: Case, device: torch.device, dtype: torch.dtype = DTYPE, *, dense: bool = False) -> Step:
+    """A call of the model with random arguments, the same every time; ``dense``: where sparse plans are dense."""
+    arguments = bench.call_arguments(case.config, case.tokens, BATCH, dtype, device)
+    if dense:
+        arguments["timestep"] = torch.full_like(arguments["timestep"], int(LAST_TIMESTEP) - 1)
+    return lambda: bench.run(model, arguments)
 
 
-def prepare(case: Case, model: Any) -> Any:
-    """diffusers' model as the case's owner runs it: replaced by ours, quantized, compiled. Compiling happens in the
-    first call.
+def compiled_peer(case: Case, device: torch.device, *, quick: bool) -> Any:
+    """diffusers' model as everything is compared with it."""
+    options: dict[str, Any] = {"backend": "aot_eager"} if quick else {"mode": "max-autotune"}
+    return torch.compile(upstream(case, device), fullgraph=True, **options)
+
+
+def prepare(case: Case, model: Any, *, quick: bool) -> Any:
+    """diffusers' model as the case's owner runs it: replaced by ours, quantized, compiled in its first call.
 
     Raises:
         UnsupportedError: something that it needs is not here.
     """
-    if case.owner == OURS:
-        reason = BACKENDS[case.attention].why_not(model.device, model.dtype, case.config.attention_head_dim)
-        if reason:
-            raise UnsupportedError(f"{case.attention}: {reason}")
-        quant: dict[str, Any] = {"quant": case.quant} if case.quant else {}
-        compile_config: Any = False
-        if case.scope != "eager":
-            compile_config = CompileConfig(scope=case.scope, backend="aot_eager" if case.quick else "inductor")
-        try:
-            plan = case.attention_plan or None
-            return load(model, attention=case.attention, attention_plan=plan, compile=compile_config, **quant)
-        except ValueError as error:
-            if case.quant:  # a recipe says what it lacks before it touches a weight
-                raise UnsupportedError(str(error)) from error
-            raise
-    if case.owner == "sage":
-        _use_sage()
-    elif case.owner != DIFFUSERS:
-        raise ValueError(f"owner is {case.owner!r}, expected {OURS}, {DIFFUSERS} or sage")
+    if case.owner == "diffusers":
+        if case.recipe == "eager":
+            return model
+        _quantize(model, case.recipe)
+        return torch.compile(model, fullgraph=True, **({"backend": "aot_eager"} if quick else {"mode": "max-autotune"}))
+    sparse = case.recipe == SPARSE
+    backend = "aot_eager" if quick and not sparse else "inductor"  # flex-attention skips blocks by Inductor's kernel
+    chosen: dict[str, Any] = {"attention": "flex", "attention_plan": SPARSE} if sparse else {"attention": "sdpa"}
     if case.quant:
-        _quantize(model, case.quant)
-    if case.scope == "eager":
-        return model
-    if case.quick:
-        return torch.compile(model, fullgraph=True, backend="aot_eager")
-    return torch.compile(model, fullgraph=True, mode="max-autotune")
+        chosen["quant"] = case.quant
+    try:
+        return load(model, compile=CompileConfig(scope=case.scope, backend=backend), **chosen)
+    except ValueError as error:
+        if case.quant:  # a recipe says what it lacks before it touches a weight
+            raise UnsupportedError(str(error)) from error
+        raise
 
 
-def is_exact(case: Case) -> bool:
-    """Whether its attention is softmax attention up to rounding."""
-    return BACKENDS[case.attention].exact if case.owner == OURS else case.owner == DIFFUSERS
+def attention(case: Case, device: torch.device, *, quick: bool) -> tuple[Step, Step, float]:
+    """An attention kernel alone on the model's heads and tokens, SDPA's on the same, and the first one's error.
+
+    Raises:
+        UnsupportedError: the kernel does not run here.
+    """
+    config, tokens = case.config, case.tokens.joint
+    shape = (BATCH, tokens, config.num_attention_heads, config.attention_head_dim)
+    q, k, v = (torch.randn(shape, device=device, dtype=DTYPE).transpose(1, 2) for _ in range(3))
+    family, _, variant = case.recipe.partition(" ")
+    backend = BACKENDS[family]
+    reason = backend.why_not(device, DTYPE, config.attention_head_dim)
+    if reason or (variant and device.type == "cpu"):
+        raise UnsupportedError(f"{case.recipe}: {reason or 'the kernel for CPUs has no such options'}")
+    if backend.prepare is not None:
+        backend.prepare()
+    kernel: Any = backend.run
+    if variant:
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Any:
+            return flex_attention(q, k, v, block_mask=mask, kernel_options=FLEX_OPTIONS[variant])
+
+    mask = full_block_mask(device) if backend.masks is BlockMask else None
+    if mask is not None:  # eager, it would hold every score in memory
+        kernel = torch.compile(kernel, fullgraph=True, backend="aot_eager" if quick else "inductor")
+    rows = min(tokens, 256)  # the first queries of one head, against all keys
+    with exact_fp32():
+        plain = torch.softmax(q[0, 0, :rows].float() @ k[0, 0].float().T / config.attention_head_dim**0.5, -1)
+        expected = plain @ v[0, 0].float()
+    error = relative_error(kernel(q, k, v, mask)[0, 0, :rows], expected)
+    return lambda: kernel(q, k, v, mask), lambda: BACKENDS["sdpa"].run(q, k, v, None), error
+
+
+def one_layer(case: Case) -> Case:
+    """The case's block."""
+    return dataclasses.replace(case, part="block")
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖ in fp32; infinite where anything is not finite."""
     difference = (actual.float() - expected.float()).norm() / expected.float().norm()
-    return difference.item() if bool(actual.isfinite().all()) else float("inf")
+    return float("inf") if bool((~actual.isfinite()).any()) else difference.item()
 
 
 @contextlib.contextmanager
@@ -106,20 +133,6 @@ def exact_fp32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def forget(device: torch.device) -> None:
-    """Give memory back, and let the next call compile again, with this process's cache on disk."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _quantize(model: nn.Module, scheme: str) -> None:
@@ -144,16 +157,3 @@ def _quantize(model: nn.Module, scheme: str) -> None:
         quantize_(model, configs[scheme](), filter_fn=in_blocks)
     except AssertionError as error:  # torchao's way to say that a device is too old
         raise UnsupportedError(f"torchao: {error or scheme}") from error
-
-
-def _use_sage() -> None:
-    """SageAttention in the place of SDPA, for this process."""
-    from sageattention import sageattn
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **options: Any) -> Tensor:
-        if attn_mask is not None:
-            raise UnsupportedError("SageAttention takes no mask")
-        out: Tensor = sageattn(q, k, v, is_causal=options.get("is_causal", False))
-        return out
-
-    torch.nn.functional.scaled_dot_product_attention = attend  # type: ignore[assignment]

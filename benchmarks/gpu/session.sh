@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
 # Half an hour on a GPU machine, in commands of at most ten minutes each; run them in this order, from anywhere:
 #
-#   benchmarks/gpu/session.sh 1 [OUT]    is it right? the tests marked gpu, the generated code against the described device's;
-#                                        then the battery's first cases: ceilings, 5b ours and eager
-#   benchmarks/gpu/session.sh 2 [OUT]    goes on with 5b: compiled peers, recipes, attention kernels
-#   benchmarks/gpu/session.sh 3 [OUT]    goes on with what is left: 2b, 1.5-5b
+#   benchmarks/gpu/session.sh 1 [OUT]    the gate's first cases: 5b's block and step in every recipe, beside diffusers
+#   benchmarks/gpu/session.sh 2 [OUT]    is the rest right? the tests marked gpu, the most telling first; the generated code
+#                                        against the described device's
+#   benchmarks/gpu/session.sh 3 [OUT]    goes on with what is left of both
 #
-# Wheels from `make gpu-wheels`, if they lie in .wheels, are installed beside the machine's own packages, for this run
-# only. OUT (default: out/gpu) must outlast the command: each goes on from OUT/results.json. The tests that need no GPU
-# are not run here. Nothing here changes a setting of the GPU.
+# Each part ends within its time, names what it did not run, and goes on from OUT (default: out/gpu), which must outlast
+# the command; a part may be repeated. What a first run measures is recorded in benchmarks/expected/gpu/<device>.csv and
+# in README's table, and copied to OUT/commit: commit that, whatever it says. Wheels from `make gpu-wheels`, if they lie
+# in .wheels, are installed beside the machine's own packages, for this run only. Nothing here changes a setting of the
+# GPU. SECONDS_A_PART and GATE, TESTS, CODEGEN (more arguments of each) are for trying this without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 part=${1:?say which part: 1, 2 or 3}
 out=${2:-out/gpu}
 python=${PYTHON:-python3}
-mkdir -p "$out"
+seconds=${SECONDS_A_PART:-570}
+mkdir -p "$out/commit"
 if compgen -G ".wheels/piece-*/*.whl" >/dev/null; then
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
@@ -22,15 +25,37 @@ if compgen -G ".wheels/piece-*/*.whl" >/dev/null; then
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-resume=()
-[ -f "$out/results.json" ] && resume=(--resume "$out/results.json")
+read -ra gate_arguments <<<"${GATE:-}"
+read -ra test_arguments <<<"${TESTS:-}"
+read -ra codegen_arguments <<<"${CODEGEN:---real}"
+
+left() { echo $((seconds - SECONDS)); } # bash counts SECONDS since it began
+
+# What a GPU alone can say comes first: products and their GELU, attention, graphs, then what the gate measures as well.
+tests() {
+  "$python" -W ignore -m benchmarks.gpu.budget --seconds "$1" --limit 150 --ledger "$out/tests.jsonl" -- -m gpu \
+    --disable-warnings \
+    tests/model/test_products.py tests/model/test_backends.py tests/runtime/test_cuda_graphs.py tests/quant tests/runtime \
+    tests "${test_arguments[@]}"
+}
+codegen() {
+  [ -s "$out/codegen-real.json" ] && return
+  timeout "$1" "$python" -m benchmarks.codegen --only 5b/ "${codegen_arguments[@]}" --json "$out/codegen-real.json" \
+    --plot "$out/codegen-real.svg" 2>&1 | tee "$out/codegen.log" | tail -n 20
+}
+gate() {
+  "$python" -W ignore -m benchmarks.gpu --budget "$1" --limit 300 --out "$out" --resume "${gate_arguments[@]}"
+}
+commit() {
+  "$python" -m benchmarks.gpu.table
+  cp -r README.md benchmarks/expected/gpu "$out/commit/" 2>/dev/null
+  echo "to commit: $(cd "$out/commit" && find . -type f | tr '\n' ' ')"
+}
 
 case $part in
-  1)
-    timeout 200 "$python" -m pytest -q -m gpu -p no:cacheprovider tests 2>&1 | tee "$out/tests.log" | tail -n 15
-    timeout 100 "$python" -m benchmarks.codegen --real --only 5b/ --json "$out/codegen-real.json" --plot "$out/codegen-real.svg" 2>&1 | tee "$out/codegen.log" | tail -n 20
-    "$python" -m benchmarks.gpu --budget 250 --models 5b --out "$out" "${resume[@]}" ;;
-  2) "$python" -m benchmarks.gpu --budget 560 --models 5b --out "$out" "${resume[@]}" ;;
-  3) "$python" -m benchmarks.gpu --budget 560 --models 5b,2b,1.5-5b --out "$out" "${resume[@]}" ;;
+  1) gate "$(left)" ;;
+  2) tests "$((seconds * 3 / 4))"; codegen "$(left)" ;;
+  3) gate "$((seconds * 3 / 4))"; tests "$(left)" ;;
   *) echo "error: part is '$part', expected 1, 2 or 3" >&2; exit 2 ;;
 esac
+commit

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.wheels [--out .wheels] [--python 3.12] [--piece 60] [--have FILE]
 
 By default for a machine with torch, transformers and what they need: diffusers, torchao and what they need beyond that.
-``--have`` names a list of what is there instead, one ``name==version`` a line (``pip list --format=freeze``): then
-everything that this project needs and that is not in it, but torch, triton and CUDA, which must be there. There, for
-each piece (the wheels need no index and no compiler):
+``--have`` names a list of what is there instead, one ``name==version`` a line (``pip list --format=freeze``): then all
+that this project needs and that is not there in its tested version, but torch, triton and CUDA, which must be there.
+There, for each piece (the wheels need no index and no compiler):
 
     python3 -m pip install --no-index --no-deps --target SITE PIECE/*.whl
     export PYTHONPATH=SITE
@@ -19,27 +19,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from email.parser import HeaderParser
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[2]
-WANTED = (
-    "diffusers",
-    "torchao",
-    "safetensors",
-    "numpy",
-    "psutil",
-    "pytest",
-    "pytest-benchmark",
-    "matplotlib",
-    "pillow",
-)
-"""What the package, the battery and the tests marked gpu import, beside torch."""
+WANTED = ("diffusers", "torchao", "safetensors", "numpy", "psutil", "pytest", "pytest-benchmark", "pytest-timeout",
+          "matplotlib", "pillow")  # fmt: skip
+"""What the package, the gate and the tests marked gpu import, beside torch."""
 NEVER = re.compile(r"^(torch|triton|nvidia-.*|cuda-.*|pytorch-triton.*)$")
 PRESENT = (
     "accelerate", "anyio", "certifi", "charset-normalizer", "contourpy", "cycler", "filelock", "fonttools", "fsspec",
@@ -53,68 +42,44 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_24_x
              "manylinux2014_x86_64", "manylinux_2_5_x86_64", "manylinux1_x86_64")  # fmt: skip
 
 
-def needed(wanted: Iterable[str], present: Mapping[str, str], fetch: Fetch) -> list[Path]:
-    """The wheels of some packages and of all that they need, but for what is present.
-
-    Args:
-        wanted: names of packages.
-        present: versions of packages that are there, by name; empty where it is not known and taken to do.
-        fetch: gives the wheel of a package.
-    """
-    known = {canonicalize_name(name): version for name, version in present.items()}
-    queue = [Requirement(name) for name in wanted]
-    found: dict[str, Path] = {}
-    while queue:
-        each = queue.pop(0)
-        name = canonicalize_name(each.name)
-        does = name in known and (not known[name] or each.specifier.contains(known[name], prereleases=True))
-        if does or name in found or NEVER.match(name):
-            continue
-        found[name] = fetch(name)
-        queue += requirements(found[name], fetch.python)
-    return list(found.values())
-
-
-def requirements(wheel: Path, python: str) -> list[Requirement]:
-    """What a wheel needs on Linux with that Python, without extras."""
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        metadata = HeaderParser().parsestr(archive.read(name).decode())
-    environment = {
-        "python_version": python, "python_full_version": f"{python}.0", "extra": "", "sys_platform": "linux",
-        "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix",
-        "implementation_name": "cpython", "platform_python_implementation": "CPython",
-    }  # fmt: skip
-    parsed = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
-    return [each for each in parsed if each.marker is None or each.marker.evaluate(environment)]
-
-
-class Fetch:
-    """Downloads wheels for a Python on Linux x86-64 in this project's tested versions.
+def fetch(folder: Path, python: str) -> list[Path]:
+    """Download the wheels of what is wanted and of all that it needs, in this project's tested versions.
 
     Args:
         folder: where they go.
-        python: its version, "3.12".
+        python: the version of the Python that is to run them, "3.12"; on Linux x86-64.
+
+    Raises:
+        ValueError: there is no wheel of one.
     """
+    versions = folder / "constraints.txt"
+    pinned = constraints((ROOT / "constraints.txt").read_text(), python)
+    versions.write_text("".join(f"{name}=={version}\n" for name, version in pinned.items()))
+    command = [
+        sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--only-binary=:all:",
+        "--implementation", "cp", "--python-version", python, *(f"--platform={each}" for each in PLATFORMS),
+        "--constraint", str(versions), "--dest", str(folder), *WANTED,
+    ]  # fmt: skip
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise ValueError(f"no wheels for Python {python}: {child.stderr.strip()}")
+    return sorted(folder.glob("*.whl"))
 
-    def __init__(self, folder: Path, python: str) -> None:
-        self.folder, self.python = folder, python
-        self.versions = constraints((ROOT / "constraints.txt").read_text(), python)
 
-    def __call__(self, name: str) -> Path:
-        version = self.versions.get(name)
-        before = set(self.folder.glob("*.whl"))
-        command = [
-            sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps",
-            "--only-binary=:all:", "--implementation", "cp", "--python-version", self.python,
-            *(f"--platform={each}" for each in PLATFORMS),
-            "--dest", str(self.folder), f"{name}=={version}" if version else name,
-        ]  # fmt: skip
-        child = subprocess.run(command, capture_output=True, text=True, check=False)
-        if child.returncode:
-            raise ValueError(f"no wheel of {name} {version or ''} for Python {self.python}: {child.stderr.strip()}")
-        (wheel,) = set(self.folder.glob("*.whl")) - before
-        return wheel
+def missing(wheels: Iterable[str], present: Mapping[str, str]) -> list[str]:
+    """Those that must go there.
+
+    Args:
+        wheels: names of files.
+        present: versions of packages that are there, by name; empty where it is not known and taken to do.
+    """
+    known = {canonicalize_name(name): version for name, version in present.items()}
+    parsed = {wheel: parse_wheel_filename(wheel)[:2] for wheel in wheels}
+    return [
+        wheel
+        for wheel, (name, version) in parsed.items()
+        if not NEVER.match(name) and known.get(name, "none") not in ("", str(version))
+    ]
 
 
 def constraints(text: str, python: str) -> dict[str, str]:
@@ -160,8 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         present = {name: version for name, _, version in lines if name}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found = needed(WANTED, present, Fetch(Path(folder), options.python))
-            groups = pieces({wheel.name: wheel.stat().st_size for wheel in found}, int(options.piece * 1024**2))
+            sizes = {wheel.name: wheel.stat().st_size for wheel in fetch(Path(folder), options.python)}
+            groups = pieces({name: sizes[name] for name in missing(sizes, present)}, int(options.piece * 1024**2))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

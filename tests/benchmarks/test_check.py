@@ -72,7 +72,7 @@ def test_the_honest_model_passes(expected: Table) -> None:
 def test_what_is_faster_is_told_and_fails_nothing() -> None:
     verdict = check.judge(_table(1.0), {CASE: 0.7}, check.versions())
     assert verdict.passed
-    assert verdict.notes == [f"faster: {CASE} ratio: 1.0 -> 0.7 (0.700 ×) (make perf-check ARGS=--accept records it)"]
+    assert str(verdict) == f"passed\nbetter (--accept records it): {CASE} ratio: 1.0 -> 0.7 (0.700 ×)"
     assert not verdict.replacement
 
 

@@ -1,185 +1,252 @@
-"""The battery on the CPU: every line of it, with defects planted that must cost only themselves."""
+"""The GPU gate on the CPU: its judge by injected times, planted regressions, and its runner against the clock."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
+import os
 import subprocess
 import sys
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from benchmarks import gate
 from benchmarks.environment import ROOT
-from benchmarks.gpu import __main__ as battery
-from benchmarks.gpu import cases, models, pool, report, steps, wheels, worker
+from benchmarks.gpu import __main__ as runner
+from benchmarks.gpu import budget, measure, suite, table, wheels
+from benchmarks.gpu.cases import MODELS, RECIPES, Case, plan
+from benchmarks.gpu.measure import OURS, PEER
+from cogx_fast import bench, timing
+from cogx_fast.model import layers
 from cogx_fast.model.backends import BACKENDS
 from cogx_fast.runtime.plan import BUILT_IN
 from tests.conftest import run_cli
 
-STEPS = r"tiny/ours/sdpa/block$|tiny/diffusers/(eager|model|model/fp8-row)$"
-ONLY = rf"ceiling|planted|attention/tiny/(sdpa|sdpa-cudnn)$|{STEPS}"
+CPU = torch.device("cpu")
+BLOCK = Case(model="tiny", part="block")
+CEILINGS = {"bf16": 1e-3, "fp8": 2e-3, "int8": 2e-3, "bandwidth": 1e-2}
+FACTS = {"error": 1e-3, "first_call": 1.0}
+HONEST = layers.FeedForward.forward
 
 
-@dataclasses.dataclass(frozen=True)
-class Ran:
-    out: Path
-    text: str
-    status: int
+class Clock:
+    """Time that passes only where a test lets it."""
 
-    @property
-    def results(self) -> dict[str, dict[str, Any]]:
-        cases_found = json.loads((self.out / "results.json").read_text())["cases"]
-        return {result["case"]: result for result in cases_found}
+    now = 0.0
 
-    @property
-    def rows(self) -> dict[str, dict[str, str]]:
-        with (self.out / "results.csv").open() as file:
-            return {row["case"]: row for row in csv.DictReader(file)}
+    def __call__(self) -> float:
+        return self.now
+
+    def step(self, seconds: float) -> Callable[[], Tensor]:
+        """A step that takes so long."""
+
+        def step() -> Tensor:
+            self.now += seconds
+            return torch.zeros(4) + 1
+
+        return step
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(timing, "clock", lambda _: made)
+    return made
+
+
+def _suite(baselines: Path, *, accept: bool = False) -> suite.Suite:
+    made = suite.Suite(CPU, quick=True, baselines=baselines, accept=accept)
+    made.ceilings = CEILINGS
+    return made
+
+
+def _judged(clock: Clock, baselines: Path, ours: float, case: Case = BLOCK, *, accept: bool = False) -> suite.Found:
+    steps = {OURS: clock.step(ours), PEER: clock.step(1.0)}
+    return _suite(baselines, accept=accept).judge(case, steps, FACTS)
+
+
+# ------------------------------------------------------------------------------------------------------------ the judge
+
+
+def test_without_a_table_it_says_so_and_records(clock: Clock, tmp_path: Path) -> None:
+    found = _judged(clock, tmp_path, 0.8)
+    assert found.verdict.passed
+    assert found.recorded == f"no baseline yet: recorded in {tmp_path / 'cpu.csv'}"
+    rows = gate.read(tmp_path / "cpu.csv")
+    assert rows[str(BLOCK), "ratio"] == gate.Row(str(BLOCK), "ratio", "0.8", suite.MARGINS["ratio"])
+    held = {row.metric for row in rows.values() if row.case == str(BLOCK) and row.margin != gate.NOTE}
+    assert held == {"ratio", "percent_of_ceilings", "peak_mib", "launches"}
+    assert float(rows[str(BLOCK), "seconds"].value) == 0.8
+    assert {row.metric for row in rows.values() if row.case == gate.VERSIONS} == {"torch", "diffusers", "torchao"}
+    other = dataclasses.replace(BLOCK, recipe="int8-dynamic")  # one that the table lacks joins it
+    assert "no baseline yet" in _judged(clock, tmp_path, 0.5, other).recorded
+    assert (str(BLOCK), "ratio") in gate.read(tmp_path / "cpu.csv")
+
+
+def test_the_per_cent_is_of_the_least_time_by_the_ceilings(clock: Clock, tmp_path: Path) -> None:
+    floor = measure.floor_seconds(BLOCK, measure.describe(CPU, CEILINGS))
+    assert _judged(clock, tmp_path, 2 * floor).metrics["percent_of_ceilings"] == pytest.approx(50)
+    twice = measure.describe(CPU, {name: 2 * value for name, value in CEILINGS.items()})
+    assert measure.floor_seconds(BLOCK, twice) == pytest.approx(floor / 2)
+
+
+@pytest.mark.parametrize(("now", "passed"), [(0.8, True), (0.83, True), (0.84, False), (0.85, False)])
+def test_a_slow_down_beyond_the_margin_fails(clock: Clock, tmp_path: Path, now: float, passed: bool) -> None:
+    _judged(clock, tmp_path, 0.8)
+    found = _judged(clock, tmp_path, now)
+    assert (found.verdict.passed, found.recorded) == (passed, "")
+    if not passed:
+        assert f"REGRESSION: {BLOCK} ratio: 0.8 -> {now}" in str(found.verdict)
+        assert f"  {BLOCK},ratio,{now},{suite.MARGINS['ratio']}" in str(found.verdict).splitlines()
+    assert gate.read(tmp_path / "cpu.csv")[str(BLOCK), "ratio"].value == "0.8"  # a red run changes nothing
+
+
+def test_a_lower_share_of_the_ceilings_fails_alone(clock: Clock, tmp_path: Path) -> None:
+    """When diffusers became slower, too, the ratio says nothing."""
+    _judged(clock, tmp_path, 0.8)
+    steps = {OURS: clock.step(1.0), PEER: clock.step(1.25)}
+    verdict = _suite(tmp_path).judge(BLOCK, steps, FACTS).verdict
+    assert [line.split()[1] for line in verdict.regressions] == ["percent_of_ceilings:"]
+
+
+def test_what_is_slow_once_is_timed_again(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _judged(clock, tmp_path, 0.8)
+    honest, seconds = measure.traffic, [2.0]
+
+    def traffic(step: Any, device: torch.device) -> measure.Traffic:
+        seconds[0] = 0.8  # what slowed it down is over
+        return honest(step, device)
+
+    def ours() -> Tensor:
+        return clock.step(seconds[0])()
+
+    monkeypatch.setattr(measure, "traffic", traffic)
+    found = _suite(tmp_path).judge(BLOCK, {OURS: ours, PEER: clock.step(1.0)}, FACTS)
+    assert found.verdict.passed
+    assert found.metrics["ratio"] == pytest.approx(0.8)
+    assert len(found.seconds) == 10
+
+
+def test_what_is_faster_is_told_and_recorded_when_asked(clock: Clock, tmp_path: Path) -> None:
+    _judged(clock, tmp_path, 0.8)
+    found = _judged(clock, tmp_path, 0.5)
+    assert found.verdict.passed
+    assert any(told.startswith(f"{BLOCK} ratio: 0.8 -> 0.5") for told in found.verdict.told)
+    assert _judged(clock, tmp_path, 0.5, accept=True).recorded == f"recorded in {tmp_path / 'cpu.csv'}"
+    assert not _judged(clock, tmp_path, 0.8).verdict.passed
+
+
+def test_peers_are_recorded_and_held_to_nothing(clock: Clock, tmp_path: Path) -> None:
+    peer = dataclasses.replace(BLOCK, owner="diffusers", recipe="eager")
+    _judged(clock, tmp_path, 1.2, peer)
+    assert {row.margin for row in gate.read(tmp_path / "cpu.csv").values() if row.case == str(peer)} == {gate.NOTE}
+    assert _judged(clock, tmp_path, 9.9, peer).verdict.passed
+
+
+def test_kernels_that_are_no_longer_seen_are_missed(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _judged(clock, tmp_path, 0.8)
+    honest = measure.traffic
+    monkeypatch.setattr(measure, "traffic", lambda *seen: dataclasses.replace(honest(*seen), launches=None))
+    verdict = _judged(clock, tmp_path, 0.8).verdict
+    assert [row.partition(",0 is")[0] for row in verdict.stale] == [f"{BLOCK},launches,8"]
+
+
+def test_another_version_is_not_judged_and_not_recorded(clock: Clock, tmp_path: Path) -> None:
+    _judged(clock, tmp_path, 0.8)
+    path = tmp_path / "cpu.csv"
+    path.write_text(path.read_text().replace("diffusers,0.", "diffusers,9."))
+    found = _judged(clock, tmp_path, 1.6)
+    assert found.recorded == ""
+    assert "the table holds for" in found.verdict.not_binding
+
+
+# ------------------------------------------------------------------------------------------------------ planted defects
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, clock: Clock, baselines: Path, forward: Any = HONEST) -> suite.Found:
+    """The real case, of which only the times are made up: ours takes 0.8 of diffusers' time."""
+    honest_run = bench.run
+
+    def run(model: Any, arguments: Any) -> Tensor:
+        clock.now += 0.8 if "cogx_fast" in type(model).__module__ else 1.0
+        return honest_run(model, arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "run", run)
+        patch.setattr(layers.FeedForward, "forward", forward)
+        torch.compiler.reset()
+        return _suite(baselines).run(BLOCK)
+
+
+def _copying(self: Any, x: Tensor) -> Tensor:
+    return HONEST(self, x.clone())
+
+
+def _holding(self: Any, x: Tensor) -> Tensor:
+    large = x.repeat(*[1] * (x.dim() - 1), 64)
+    return HONEST(self, x) + 0 * large[..., : x.shape[-1]]
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    out = tmp_path_factory.mktemp("battery")
-    plants = [word for plant in cases.PLANTS for word in ("--plant", plant)]
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--only", ONLY, "--out", str(out)]
-    child = subprocess.run([*command, *plants], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
-    return Ran(out, child.stdout, child.returncode)
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the table of the honest model."""
+    folder = tmp_path_factory.mktemp("baselines")
+    with pytest.MonkeyPatch.context() as patch:
+        made = Clock()
+        patch.setattr(timing, "clock", lambda _: made)
+        found = _run(patch, made, folder)
+    assert found.recorded
+    assert found.metrics["ratio"] == pytest.approx(0.8)
+    assert 0 < found.notes["error"] < suite.LIMIT_EXACT * float(found.notes["peer_error"])
+    assert sum(found.kinds.values()) > 0
+    return folder
 
 
-def test_a_failing_and_a_hanging_case_cost_only_themselves(ran: Ran) -> None:
-    assert ran.status == 0
-    assert ran.results["planted/failing"]["status"] == "failed"
-    assert "RuntimeError: planted" in ran.results["planted/failing"]["error"]
-    assert "Traceback" in ran.results["planted/failing"]["log"]
-    hanging = ran.results["planted/hanging"]
-    assert hanging["status"] == "timeout"
-    assert 3 <= hanging["seconds"] < 60  # it would hang for an hour
-    others = {name: result["status"] for name, result in ran.results.items() if not name.startswith("planted/")}
-    assert {others.pop(name) for name in ("tiny/diffusers/model/fp8-row", "attention/tiny/sdpa-cudnn")} == {
-        "unsupported"
-    }
-    assert set(others.values()) == {"done"}
+def test_the_honest_model_passes(clock: Clock, honest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _run(monkeypatch, clock, honest).verdict.passed
 
 
-def test_nothing_is_timed_on_red(ran: Ran) -> None:
-    red = ran.results["planted/wrong"]
-    assert red["status"] == "red"
-    assert red["error_fp32"] > 0.1 > worker.LIMIT_EXACT * red["error_diffusers"]
-    assert "seconds_step" not in red
-    assert ran.rows["planted/wrong"]["ms_p50"] == ""
-    assert f"RED: planted/wrong: its error against fp32 is {red['error_fp32']:.2e}" in ran.text
+@pytest.mark.parametrize(("planted", "metric"), [(_copying, "launches"), (_holding, "peak_mib")])
+def test_a_planted_defect_is_caught(
+    planted: Any, metric: str, clock: Clock, honest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdict = _run(monkeypatch, clock, honest, planted).verdict
+    assert not verdict.passed
+    assert any(line.startswith(f"{BLOCK} {metric}:") for line in verdict.regressions), str(verdict)
 
 
-def test_every_case_has_its_figures(ran: Ran) -> None:
-    peer = ran.rows["tiny/diffusers/model"]
-    assert float(peer["ratio_to_compiled_peer"]) == 1
-    for name in ("tiny/ours/sdpa/block", "tiny/diffusers/eager", "tiny/diffusers/model"):
-        row = ran.rows[name]
-        assert 0 < float(row["ms_p20"]) <= float(row["ms_p80"])
-        ratio = float(row["ms_p50"]) / float(peer["ms_p50"])
-        assert float(row["ratio_to_compiled_peer"]) == pytest.approx(ratio)
-        for column in ("tflops", "share_of_bf16_ceiling", "peak_gib", "compile_cold_s", "compile_warm_s", "error_fp32"):
-            assert float(row[column]) > 0
-        assert all(sum(found["kernels"].values()) > 0 for found in ran.results[name]["by_layers"])
-        assert float(row["error_fp32"]) < worker.LIMIT_EXACT * float(row["error_diffusers"])
-    assert ran.rows["tiny/diffusers/model"]["extrapolated"] == "True"
-    assert ran.rows["tiny/ours/sdpa/block"]["extrapolated"] == "False"
+def test_nothing_is_timed_on_red(clock: Clock, honest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(suite.Suite, "judge", lambda *_: timed.append("timed"))
+    with pytest.raises(suite.RedError, match="relative error against fp32"):
+        _run(monkeypatch, clock, honest, lambda self, x: 1.5 * HONEST(self, x))
+    assert not timed
 
 
-def test_results_end_with_a_table_and_lie_in_files(ran: Ran) -> None:
-    lines = ran.text.splitlines()
-    assert "error: relative, of one layer's model, against fp32" in ran.text.split("\n\n")[-1]
-    assert any(line.startswith("tiny/ours/sdpa/block ") for line in lines[-12:])
-    assert "THE TIMES MEAN NOTHING" in ran.text  # nobody shall take them for a result
-    assert "UNSUPPORTED here: tiny/diffusers/model/fp8-row, attention/tiny/sdpa-cudnn" in lines
-    assert {path.name for path in ran.out.iterdir()} == {
-        "results.json", "results.csv", "ceilings.json", "ratios.png", "kernels.png", "roofline.png"
-    }  # fmt: skip
-    assert set(json.loads((ran.out / "ceilings.json").read_text())) == {"bf16", "fp8", "int8", "bandwidth"}
-    roofline = ("roofline", "--preset", "5b", "--device", "h100", "--ceilings", ran.out / "ceilings.json")
-    assert "measured bf16" in run_cli(*roofline).out
+# ------------------------------------------------------------------------------------------------------------- the plan
 
 
-# ------------------------------------------------------------------------------------------------------------- planning
-
-
-def test_every_backend_and_recipe_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "recipe_names", lambda: ["fp8-dynamic", "int4-weight-only"])
-    planned = cases.plan(models=["5b", "2b", "1.5-5b"], quick=False)
-    names = [case.name for case in planned]
-    assert len(set(names)) == len(names)
-    for model in ("5b", "2b", "1.5-5b"):
-        ours = [case for case in planned if case.model == model and case.kind == "step" and case.owner == cases.OURS]
-        assert {case.attention for case in ours} == set(BACKENDS)
-        assert {case.quant for case in ours} == {"", "fp8-dynamic", "int4-weight-only"}
-        assert {case.scope for case in ours} == {"eager", "block", "model"}
-        assert {f"{model}/diffusers/eager", f"{model}/diffusers/model", f"{model}/diffusers/model/fp8-row"} <= set(
-            names
-        )
-    first = next(case for case in planned if case.kind == "step")
-    assert (first.model, first.layers, first.extrapolated) == ("5b", (42,), False)
-    assert next(case for case in planned if case.name == "5b/diffusers/model").extrapolated
-    full = cases.plan(models=["5b"], quick=False, full=True)
-    assert not next(case for case in full if case.name == "5b/diffusers/model").extrapolated
-
-
-def test_sparse_plans_are_right_where_they_are_dense_and_timed_where_they_are_sparse() -> None:
-    chosen = {case.name: case for case in cases.plan(models=["5b"], quick=False)}
-    case = chosen["5b/ours/flex/radial/block"]
-    assert (case.layers, case.attention_plan) == ((42,), "radial")
-    assert "5b/ours/flex/tiles/block" in chosen
-    case = dataclasses.replace(case, model="tiny", quick=True)
-    threshold = BUILT_IN["radial"](case.config).dense_above
-    cpu = torch.device("cpu")
-    assert models.arguments(case, torch.float32, cpu)["timestep"].max() < threshold
-    assert models.arguments(case, torch.float32, cpu, dense=True)["timestep"].min() >= threshold
-    upstream = models.upstream(case.config, torch.float32, cpu)
-    eager = dataclasses.replace(case, scope="eager")
-    assert models.prepare(eager, upstream).attention_plan == BUILT_IN["radial"](case.config)
-
-
-def test_the_sizes_are_the_real_ones() -> None:
-    tokens = {model: cases.Case(name="", kind="step", limit=1, model=model).tokens.joint for model in cases.MODELS}
-    assert tokens == {"2b": 17_776, "5b": 17_776, "1.5-5b": 45_106}
-
-
-def test_the_budget_ends_it_and_the_rest_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = []
-
-    def run(case: cases.Case, device: str, *, limit: float) -> dict[str, Any]:
-        limits.append(limit)
-        return {"case": case.name, "status": "done", "seconds": 0.0}
-
-    monkeypatch.setattr(pool, "run", run)
-    planned = cases.plan(models=["5b"], quick=False)[:3]
-    results = battery.carry_out(planned, "cpu", budget=30, out=tmp_path)
-    assert all(0 < limit <= 30 for limit in limits)
-    assert len(limits) == 3
-    none = battery.carry_out(planned, "cpu", budget=10, out=tmp_path)
-    assert [result["status"] for result in none["cases"]] == ["no time"] * 3
-    assert f"NO TIME LEFT for: {planned[0].name}" in report.table_of(none, planned)
-    (tmp_path / "none.json").write_text(json.dumps(none))
-    (tmp_path / "all.json").write_text(json.dumps(results))
-    battery.carry_out(planned, "cpu", budget=30, out=tmp_path, again=tmp_path / "none.json")
-    assert len(limits) == 6
-    battery.carry_out(planned, "cpu", budget=30, out=tmp_path, again=tmp_path / "all.json")
-    assert len(limits) == 6
-
-
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert battery.main([]) == 2
-    assert "--device cpu --quick" in capsys.readouterr().err
-
-
-def test_a_step_of_all_layers_from_two_numbers_of_them() -> None:
-    assert steps.at_layers([(1, 3.0), (3, 7.0)], 42) == 1 + 2 * 42
-    assert steps.at_layers([(42, 5.0)], 42) == 5.0
+def test_every_variant_recipe_scope_and_kernel_is_in_the_plan() -> None:
+    cases = plan()
+    assert len({str(case) for case in cases}) == len(cases)
+    ours = {(case.model, case.part, case.recipe, case.scope) for case in cases if case.owner == "ours"}
+    assert {(model, part, recipe, scope) for model in MODELS for part in ("block", "step") for recipe in RECIPES
+            for scope in ("block", "model")} <= ours  # fmt: skip
+    assert set(BACKENDS) <= {case.recipe for case in cases if case.part == "attention"}
+    assert [str(case) for case in cases[:2]] == ["5b/block/bf16", "5b/block/fp8-dynamic"]
+    assert {case.tokens.joint for case in cases if case.model == "5b"} == {17_776}
+    assert {case.tokens.joint for case in cases if case.model == "1.5-5b"} == {45_106}
+    assert {case.config.num_layers for case in cases if case.model == "5b" and case.part == "step"} == {42}
+    sparse = next(case for case in cases if str(case) == "5b/step/radial")
+    assert 0.3 < sparse.kept < 0.5
+    assert BUILT_IN["radial"](sparse.config).choice == ((1,),) * 42
 
 
 @pytest.mark.parametrize(
@@ -197,39 +264,130 @@ def test_a_step_of_all_layers_from_two_numbers_of_them() -> None:
     ],
 )
 def test_kinds_of_kernels(name: str, kind: str) -> None:
-    assert steps.kind_of(name) == kind
+    assert measure.kind_of(name) == kind
+
+
+# ----------------------------------------------------------------------------------------------------------- the runner
+
+ONLY = r"--only=tiny/attention/(sdpa|sdpa-cudnn|flex-default)$"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    text: str
+    out: Path
+
+
+def _session(out: Path) -> Ran:
+    """The first part of half an hour on a GPU machine, which is a minute here."""
+    arguments = f"--device=cpu --quick --baselines={out / 'baselines'} {ONLY}"
+    environment = {**os.environ, "PYTHON": sys.executable, "SECONDS_A_PART": "250", "GATE": arguments}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu" / "session.sh"), "1", str(out)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert child.returncode == 0, child.stderr
+    return Ran(child.stdout, out)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return _session(tmp_path_factory.mktemp("session"))
+
+
+def test_a_session_measures_records_and_reports(ran: Ran) -> None:
+    lines = ran.text.splitlines()
+    assert any(line.startswith("tiny/attention/sdpa ") for line in lines)
+    assert f"no baseline yet: recorded in {ran.out / 'baselines' / 'cpu.csv'} (commit it): tiny/attention/sdpa" in lines
+    assert "UNSUPPORTED here: tiny/attention/sdpa-cudnn, tiny/attention/flex-default" in lines
+    assert "THE TIMES MEAN NOTHING" in ran.text  # nobody shall take them for a result
+    stored = json.loads((ran.out / "tiny-attention.json").read_text())["benchmarks"][0]
+    found = stored["extra_info"]["found"]
+    assert stored["stats"]["median"] == pytest.approx(found["notes"]["seconds"], rel=1e-3)  # what was timed in turns
+    assert set(json.loads((ran.out / "ceilings.json").read_text())) == {"bf16", "fp8", "int8", "bandwidth"}
+    roofline = ("roofline", "--preset", "5b", "--device", "h100", "--ceilings", ran.out / "ceilings.json")
+    assert "measured" in run_cli(*roofline).out
+    assert "./README.md" in lines[-1]
+    assert table.README.read_text() == table.current()  # nothing of the CPU came into it
+
+
+def test_it_goes_on_where_it_stopped(ran: Ran) -> None:
+    before = (ran.out / "ledger.jsonl").read_text()
+    again = _session(ran.out)
+    assert "begun" not in (ran.out / "ledger.jsonl").read_text().removeprefix(before)
+    assert any(line.startswith("tiny/attention/sdpa ") for line in again.text.splitlines())
+
+
+def test_without_time_it_names_what_it_did_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main(["--device=cpu", "--quick", f"--out={tmp_path}", ONLY, "--budget=1"]) == 0
+    names = "tiny/attention/sdpa, tiny/attention/sdpa-cudnn, tiny/attention/flex-default"
+    assert f"NO TIME LEFT for 3: {names}" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runner.main([]) == 2
+    assert "--device cpu --quick" in capsys.readouterr().err
+
+
+def test_what_crashes_hangs_or_spoils_the_process_costs_only_itself(tmp_path: Path) -> None:
+    file, ledger = tmp_path / "test_planted.py", tmp_path / "ledger.jsonl"
+    file.write_text(
+        "import os, time\n"
+        "def test_good(): pass\n"
+        "def test_crashing(): os._exit(3)\n"
+        "def test_failing(): raise ValueError('planted')\n"
+        "def test_spoiling(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def test_hanging(): time.sleep(600)\n"
+        "def test_after(): pass\n"
+    )
+    words = [str(file), f"--confcutdir={tmp_path}"]
+    budget.run(words, seconds=120, ledger=ledger, least=1, limit=5)
+    found = {line["test"].rpartition("_")[2]: line["outcome"] for line in budget.ended(ledger)}
+    assert found == {"good": "passed", "crashing": "crashed", "failing": "failed", "spoiling": "failed",
+                     "hanging": "timeout", "after": "passed"}  # fmt: skip
+    assert not budget.not_run(ledger)
+    assert any("ValueError: planted" in line for line in budget.summary(ledger))
+    before = ledger.read_text()
+    budget.run(words, seconds=60, ledger=ledger, least=1, limit=5)
+    assert "begun" not in ledger.read_text().removeprefix(before)
+
+
+@pytest.mark.parametrize(("workflow", "command"), [("ci", ".ci/run"), ("gpu", "make bench-gpu")])
+def test_workflows_run_what_runs_here(workflow: str, command: str) -> None:
+    yaml = pytest.importorskip("yaml")
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text())["jobs"].values()
+    runs = [step["run"] for step in job["steps"] if "run" in step]
+    assert [run.partition(" ARGS=")[0] for run in runs] == [command]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
+    assert "\nbench-gpu: " in (ROOT / "Makefile").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------- README's table
+
+
+def test_the_committed_table_is_what_the_command_makes() -> None:
+    assert table.README.read_text() == table.current(), "run: python -m benchmarks.gpu.table"
+
+
+def test_a_figure_is_predicted_until_it_is_measured(clock: Clock, tmp_path: Path) -> None:
+    counted = gate.read(table.COUNTED)
+    rows = table.render(counted, {}).splitlines()
+    assert all(row.endswith("| predicted |") for row in rows[2 : 2 + len(MODELS) * len(RECIPES)])
+    step = Case(model="5b", part="step", recipe="fp8-dynamic")
+    _judged(clock, tmp_path, 0.5, step)
+    text = table.render(counted, gate.read(tmp_path / "cpu.csv"))
+    (row,) = (line for line in text.splitlines() if "| measured" in line)
+    assert row.startswith("| 5b | `fp8-dynamic` | 0.5 | 0.5 |")
+    assert f"torch {torch.__version__.partition('+')[0]}, diffusers" in text
 
 
 # --------------------------------------------------------------------------------------------------------------- wheels
 
 
-def _wheel(folder: Path, name: str, *requires: str) -> Path:
-    path = folder / f"{name}-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0", *(f"Requires-Dist: {r}" for r in requires)]
-        archive.writestr(f"{name}-1.0.dist-info/METADATA", "\n".join(lines) + "\n")
-    return path
-
-
-def test_wheels_of_what_is_missing_and_of_no_more(tmp_path: Path) -> None:
-    class Store(wheels.Fetch):
-        def __init__(self) -> None:
-            self.python = "3.12"
-
-        def __call__(self, name: str) -> Path:
-            needs = {
-                "diffusers": ("Pillow", "importlib_metadata>=2", "jax; extra == 'x'", "tomli; python_version < '3.11'"),
-                "torchao": ("torch>=2.11", "old-thing>=2"),
-            }  # fmt: skip
-            return _wheel(tmp_path, name, *needs.get(name, ()))
-
-    found = wheels.needed(["diffusers", "torchao"], {"pillow": "", "old_thing": "1.0"}, Store())
-    assert [path.name.partition("-1.0")[0] for path in found] == [
-        "diffusers",
-        "torchao",
-        "importlib-metadata",
-        "old-thing",
-    ]
+def test_wheels_of_what_is_missing_and_of_no_more() -> None:
+    versions = ("Diff_Users-1.0", "torch-2.0", "old_thing-2.0", "pillow-3.0", "numpy-4.0")
+    files = [f"{version}-py3-none-any.whl" for version in versions]
+    present = {"old-thing": "1.0", "Pillow": "", "numpy": "4.0"}
+    assert wheels.missing(files, present) == ["Diff_Users-1.0-py3-none-any.whl", "old_thing-2.0-py3-none-any.whl"]
 
 
 def test_pieces_are_bounded() -> None:
@@ -248,15 +406,8 @@ def test_the_tested_versions_are_fetched() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["sdpa", "flex"])
-def test_both_backends_that_run_everywhere_are_right_at_real_shapes(attention: str) -> None:
-    case = cases.Case(name="5b", kind="step", limit=300, model="5b", layers=(1,), attention=attention, scope="block")
-    assert worker.correctness(case, torch.device("cuda"))["red"] == ""
-
-
-@pytest.mark.gpu
-def test_a_case_in_a_process_of_its_own_on_the_gpu() -> None:
-    case = next(case for case in cases.plan(models=["5b"], quick=False) if case.name == "ceiling/bf16")
-    result = pool.run(case, "cuda", limit=120)
-    assert result["status"] == "done", result
-    assert result["value"] > 1
+def test_a_block_at_real_size_is_right_and_measured(tmp_path: Path) -> None:
+    made = suite.Suite(torch.device("cuda"), quick=False, baselines=tmp_path, accept=False)
+    found = made.run(Case(model="5b", part="block"))
+    assert found.recorded
+    assert found.metrics["launches"] > 0

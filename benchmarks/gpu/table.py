@@ -1,0 +1,105 @@
+"""README's table of what to expect on an H100, made from committed files (``python -m benchmarks.gpu.table``).
+
+A row whose case is in the device's table of the gate is measured, and says at which commit; every other row is
+predicted, by the device's stated ceilings and the kernels and bytes counted in the generated code.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Mapping
+
+from benchmarks import gate
+from benchmarks.environment import ROOT
+from benchmarks.gpu import measure, suite
+from benchmarks.gpu.cases import MODELS, RECIPES, SPARSE, Case
+from cogx_fast.devices import DEVICES, GIGA, TERA
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- made by `python -m benchmarks.gpu.table` -->\n", "<!-- end -->\n"
+DEVICE = DEVICES["h100"]
+COUNTED = ROOT / "benchmarks" / "expected" / "codegen.csv"
+MEASURED = suite.EXPECTED / f"{DEVICE.name.replace(' ', '-')}.csv"
+
+Table = Mapping[tuple[str, str], gate.Row]
+
+
+def render(counted: Table, measured: Table) -> str:
+    """The table in Markdown.
+
+    Args:
+        counted: the gate's table of generated code.
+        measured: the gate's table of the device; empty where it has not been measured.
+    """
+    rows = [_row(model, recipe, counted, measured) for model in MODELS for recipe in RECIPES]
+    header = (
+        "model",
+        "recipe",
+        "a step, s",
+        "× diffusers compiled",
+        "a block: kernels, GB (× diffusers')",
+        "the step is",
+    )
+    lines = [header, ("---",) * len(header), *rows]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    return f"{text}\n\n{_sources(counted, measured)}\n"
+
+
+def _row(model: str, recipe: str, counted: Table, measured: Table) -> tuple[str, ...]:
+    case = Case(model=model, part="step", recipe=recipe)
+    seconds, ratio, source = f"≥ {measure.floor_seconds(case, DEVICE):.3f}", "–", "predicted"
+    if (str(case), "ratio") in measured:
+        seconds, ratio = (measured[str(case), name].value for name in ("seconds", "ratio"))
+        source = f"measured, {measured[str(case), 'commit'].value}"
+    return model, f"`{recipe}`", seconds, ratio, _block(model, recipe, counted), source
+
+
+def _block(model: str, recipe: str, counted: Table) -> str:
+    """What one block's generated code was counted to do; image-to-video models have the blocks of their siblings."""
+    sibling = model.removesuffix("-i2v")
+    ours = f"{sibling}/ours/cudnn" + ("" if recipe == "bf16" else f"/{recipe}")
+    if recipe == SPARSE or (ours, "bytes") not in counted:
+        return "–"
+    here, peer = (int(counted[name, "bytes"].value) for name in (ours, f"{sibling}/diffusers/cudnn"))
+    kernels = sum(int(counted[ours, name].value) for name in ("triton_launches", "extern_calls"))
+    return f"{kernels}, {here / GIGA:.2f} ({here / peer:.2f})"
+
+
+def _sources(counted: Table, measured: Table) -> str:
+    def versions(table: Table) -> str:
+        return ", ".join(f"{row.metric} {row.value}" for row in table.values() if row.case == gate.VERSIONS)
+
+    rates = ", ".join(f"{name} {getattr(DEVICE, name) / TERA:.0f}" for name in ("bf16", "fp8", "int8"))
+    text = (
+        "A step is one call with guidance (batch 2) at the model's own video size. Predicted: the least time that the "
+        f"stated ceilings of {DEVICE.name} allow, which nothing reaches: {rates} TFLOP/s, "
+        f"{DEVICE.bandwidth / GIGA:.0f} GB/s, {DEVICE.exponentials / TERA:.2f} T exponentials/s ({DEVICE.source}). "
+        f"Kernels and bytes are counted in the code generated for it (`{COUNTED.relative_to(ROOT)}`: "
+        f"{versions(counted)}). "
+    )
+    if measured:
+        name = MEASURED.relative_to(ROOT)
+        text += f"Measured: on {DEVICE.name} with {versions(measured)}, at the commit that is named (`{name}`)."
+    else:
+        text += "Nothing is measured yet: there has been no such device."
+    return textwrap.fill(text, 120, break_on_hyphens=False)
+
+
+def current() -> str:
+    """README with the table as the committed files make it.
+
+    Raises:
+        ValueError: README lacks the marks between which it stands.
+    """
+    before, begin, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{README}: expected the lines {BEGIN.strip()} and {END.strip()}")
+    measured = gate.read(MEASURED) if MEASURED.is_file() else {}
+    return f"{before}{begin}\n{render(gate.read(COUNTED), measured)}\n{end}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(current(), encoding="utf-8")
+    sys.exit(0)
