@@ -98,6 +98,36 @@ def test_steps_take_turns_and_the_order_alternates() -> None:
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
 
 
+def test_the_clock_of_a_gpu_adds_up_pairs_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    milliseconds = [1000.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at, self.done = float("nan"), False
+
+        def record(self, stream: str) -> None:
+            assert stream == "the stream of cuda:1"
+            self.at = milliseconds[0]
+
+        def synchronize(self) -> None:
+            self.done = True
+
+        def elapsed_time(self, later: Event) -> float:
+            assert self.done
+            assert later.done
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    now = timing.clock(torch.device("cuda:1"))
+
+    def step() -> None:
+        milliseconds[0] += 250
+
+    assert timing.take_turns({"a": step}, rounds=3, now=now) == {"a": [0.25, 0.25, 0.25]}
+    assert now() == 0.75
+
+
 def test_the_ratio_is_found_on_a_machine_that_others_slow_down() -> None:
     generator = random.Random(0)
     load = [1 + 3 * generator.random() for _ in range(41)]  # of each round, common to both

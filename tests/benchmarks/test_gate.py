@@ -59,6 +59,32 @@ def test_a_row_that_nothing_measures_any_more_fails(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_told_fails_nothing_where_it_became_better_and_shares_are_better_when_more(tmp_path: Path) -> None:
+    measured = {"a": {"ratio": 0.8, "percent_of_ceilings": 60.0}}
+    recorded = _recorded(tmp_path, measured)
+
+    def words(**values: float) -> str:
+        return str(gate.compare(recorded, {"a": {**measured["a"], **values}}, NOTES, VERSIONS, told=measured["a"]))
+
+    assert words(ratio=0.7) == "passed\nbetter (--accept records it): a ratio: 0.8 -> 0.7 (0.875 ×)"
+    assert words(percent_of_ceilings=70.0).startswith("passed\nbetter")
+    assert "REGRESSION: a ratio: 0.8 -> 0.9" in words(ratio=0.9)
+    assert "REGRESSION: a percent_of_ceilings: 60.0 -> 50.0" in words(percent_of_ceilings=50.0)
+
+
+def test_recording_keeps_other_cases_and_margins_of_the_same_versions(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "table.csv"
+    gate.record(path, VERSIONS, {"a": {"bytes": 1}, "b": {"bytes": 2}}, NOTES, margins={"bytes": "0.1"})
+    path.write_text(path.read_text().replace("b,bytes,2,0.1", "b,bytes,2,0.3"))
+    gate.record(path, VERSIONS, {"b": {"bytes": 3, "launches": 4}}, {}, order=("b", "a"), margins={"bytes": "0.1"})
+    rows = [str(row) for row in gate.read(path).values()]
+    assert rows == ["versions,torch,1.0,0", "b,bytes,3,0.3", "b,launches,4,0", "a,bytes,1,0.1", "a,launch 0,norm,note"]
+    gate.record(path, VERSIONS, {"b": {"bytes": 3}}, {}, order=("b",))
+    assert {row.case for row in gate.read(path).values()} == {gate.VERSIONS, "b"}
+    gate.record(path, {"torch": "2.0"}, {"c": {"bytes": 3}}, {})
+    assert {row.case for row in gate.read(path).values()} == {gate.VERSIONS, "c"}
+
+
 def test_rows_of_cases_that_were_not_measured_are_left_alone(tmp_path: Path) -> None:
     recorded = _recorded(tmp_path, {**MEASURED, "b": {"launches": 1}})
     assert gate.compare(recorded, MEASURED, NOTES, VERSIONS).passed

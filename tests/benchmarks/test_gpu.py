@@ -316,6 +316,19 @@ def test_it_goes_on_where_it_stopped(ran: Ran) -> None:
     assert any(line.startswith("tiny/attention/sdpa ") for line in again.text.splitlines())
 
 
+def test_one_command_is_red_where_the_table_says_better(
+    ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(model="tiny", part="attention", recipe="sdpa")
+    row = gate.read(ran.out / "baselines" / "cpu.csv")[str(case), "launches"]
+    fewer = dataclasses.replace(row, value=str(int(row.value) - 1))
+    text = (ran.out / "baselines" / "cpu.csv").read_text()
+    (tmp_path / "cpu.csv").write_text(text.replace(str(row), str(fewer)))
+    arguments = ["--device=cpu", "--quick", f"--baselines={tmp_path}", f"--out={tmp_path / 'out'}", f"--only={case}$"]
+    assert runner.main(arguments) == 1
+    assert f"REGRESSION: {case} launches: {fewer.value} -> {row.value}" in capsys.readouterr().out
+
+
 def test_without_time_it_names_what_it_did_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.main(["--device=cpu", "--quick", f"--out={tmp_path}", ONLY, "--budget=1"]) == 0
     names = "tiny/attention/sdpa, tiny/attention/sdpa-cudnn, tiny/attention/flex-default"
