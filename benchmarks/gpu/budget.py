@@ -1,11 +1,11 @@
 """Tests against the clock, each at its own risk: what crashes or hangs costs only itself.
 
-    python -m benchmarks.gpu.budget --seconds 250 --ledger out/tests.jsonl -- -m gpu tests/model tests/runtime
+    python -m benchmarks.gpu.budget --seconds 250 --ledger out/tests.jsonl -- -m gpu --first tests/model tests
 
-runs pytest, in the order given. Every test's beginning and end is a line of the ledger; what has ended is not run
-again, so that the same command goes on where it stopped. A test is not begun with less than ``--least`` seconds left,
-and is ended after ``--limit``; when the process dies, or a CUDA error has made it useless, the rest goes on in a new
-one. What was not run is named at the end.
+runs pytest. Every test's beginning and end is a line of the ledger; what has ended is not run again, so that the same
+command goes on where it stopped. A test is not begun with less than ``--least`` seconds left, and is ended after
+``--limit``; when the process dies, or a CUDA error has made it useless, the rest goes on in a new one. What was not
+run, or was cut short by the end of the time, is named at the end.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ FAILED = ("failed", "crashed", "timeout")
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("budget")
     group.addoption("--ledger", type=Path, help="a line of JSON a test; what has ended in it is not run again")
+    group.addoption("--first", action="append", default=[], help="tests whose name begins so; again for the next ones")
     group.addoption("--seconds", type=float, default=float("inf"), help="after which no test is begun")
     group.addoption("--least", type=float, default=LEAST_SECONDS, help="seconds that must be left to begin a test")
 
@@ -58,7 +59,11 @@ class _Watch:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        planned = {item.nodeid: item for item in items}  # once each, however often an argument holds it
+        first: list[str] = config.getoption("--first")
+        items.sort(
+            key=lambda item: next((i for i, test in enumerate(first) if item.nodeid.startswith(test)), len(first))
+        )
+        planned = {item.nodeid: item for item in items}
         _write(self.path, {"planned": list(planned)})
         done = {line["test"] for line in ended(self.path)}
         config.hook.pytest_deselected(items=[planned[test] for test in planned if test in done])
@@ -137,8 +142,9 @@ def run(arguments: Sequence[str], *, seconds: float, ledger: Path, least: float,
         lines = read(ledger)[before:]
         culprit = _culprit(lines)
         if culprit is not None:
-            outcome = "timeout" if status is None or time.time() - culprit["time"] > limit else "crashed"
-            _write(ledger, {"test": culprit["begun"], "outcome": outcome, "seconds": time.time() - culprit["time"],
+            took = time.time() - culprit["time"]
+            outcome = "timeout" if took > limit else "no time" if status is None else "crashed"
+            _write(ledger, {"test": culprit["begun"], "outcome": outcome, "seconds": took,
                             "why": f"its process ended before it did (status {status})"})  # fmt: skip
         elif status != pytest.ExitCode.INTERRUPTED or not any("test" in line for line in lines):
             return

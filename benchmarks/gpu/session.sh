@@ -34,9 +34,8 @@ left() { echo $((seconds - SECONDS)); } # bash counts SECONDS since it began
 # What a GPU alone can say comes first: products and their GELU, attention, graphs, then what the gate measures as well.
 tests() {
   "$python" -W ignore -m benchmarks.gpu.budget --seconds "$1" --limit 150 --ledger "$out/tests.jsonl" -- -m gpu \
-    --disable-warnings \
-    tests/model/test_products.py tests/model/test_backends.py tests/runtime/test_cuda_graphs.py tests/quant tests/runtime \
-    tests "${test_arguments[@]}"
+    --disable-warnings --first tests/model/test_products.py --first tests/model --first tests/runtime/test_cuda_graphs.py \
+    --first tests/runtime --first tests/quant tests "${test_arguments[@]}"
 }
 codegen() {
   [ -s "$out/codegen-real.json" ] && return

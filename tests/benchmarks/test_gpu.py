@@ -364,6 +364,18 @@ def test_what_crashes_hangs_or_spoils_the_process_costs_only_itself(tmp_path: Pa
     assert "begun" not in ledger.read_text().removeprefix(before)
 
 
+def test_what_the_end_of_the_time_cut_short_is_begun_again(tmp_path: Path) -> None:
+    file, ledger = tmp_path / "test_planted.py", tmp_path / "ledger.jsonl"
+    file.write_text("import time\ndef test_one(): pass\ndef test_long(): time.sleep(600)\ndef test_last(): pass\n")
+    words = [str(file), f"--confcutdir={tmp_path}", "--first", f"{file.name}::test_last"]
+    budget.run(words, seconds=20, ledger=ledger, least=1, limit=100)
+    order = [line["begun"].rpartition("_")[2] for line in budget.read(ledger) if "begun" in line]
+    assert order == ["last", "one", "long"]
+    (cut,) = budget.not_run(ledger)
+    assert cut.endswith("test_long")
+    assert budget.summary(ledger) == [f"NO TIME LEFT for 1: {cut}", "2 ended, 0 of them badly"]
+
+
 @pytest.mark.parametrize(("workflow", "command"), [("ci", ".ci/run"), ("gpu", "make bench-gpu")])
 def test_workflows_run_what_runs_here(workflow: str, command: str) -> None:
     yaml = pytest.importorskip("yaml")
