@@ -39,9 +39,10 @@ type: $(STAMP) ## Check types only
 perf-check: $(STAMP) ## Time ours against diffusers here, and fail where it became slower
 	@$(BIN)/python -W ignore -m benchmarks.check $(ARGS)
 
-perf-accept: $(STAMP) ## Record what the compiler makes now: structure and generated GPU code
+perf-accept: $(STAMP) ## Record what the compiler makes now: structure, generated GPU code, README's table
 	@$(BIN)/python -W ignore -m benchmarks.structure --accept $(ARGS)
 	@$(BIN)/python -W ignore -m benchmarks.codegen --accept $(ARGS)
+	@$(BIN)/python -m benchmarks.gpu.table
 
 bench-gpu: $(STAMP) ## Hold ours beside diffusers on this machine's GPU against its table; ARGS=--accept records it
 	@$(BIN)/python -W ignore -m benchmarks.gpu $(ARGS)

@@ -353,7 +353,7 @@ def test_what_crashes_hangs_or_spoils_the_process_costs_only_itself(tmp_path: Pa
         "def test_after(): pass\n"
     )
     words = [str(file), f"--confcutdir={tmp_path}"]
-    budget.run(words, seconds=120, ledger=ledger, least=1, limit=5)
+    budget.run(words, seconds=250, ledger=ledger, least=1, limit=5)
     found = {line["test"].rpartition("_")[2]: line["outcome"] for line in budget.ended(ledger)}
     assert found == {"good": "passed", "crashing": "crashed", "failing": "failed", "spoiling": "failed",
                      "hanging": "timeout", "after": "passed"}  # fmt: skip
@@ -368,7 +368,7 @@ def test_what_the_end_of_the_time_cut_short_is_begun_again(tmp_path: Path) -> No
     file, ledger = tmp_path / "test_planted.py", tmp_path / "ledger.jsonl"
     file.write_text("import time\ndef test_one(): pass\ndef test_long(): time.sleep(600)\ndef test_last(): pass\n")
     words = [str(file), f"--confcutdir={tmp_path}", "--first", f"{file.name}::test_last"]
-    budget.run(words, seconds=20, ledger=ledger, least=1, limit=100)
+    budget.run(words, seconds=40, ledger=ledger, least=1, limit=100)
     order = [line["begun"].rpartition("_")[2] for line in budget.read(ledger) if "begun" in line]
     assert order == ["last", "one", "long"]
     (cut,) = budget.not_run(ledger)
