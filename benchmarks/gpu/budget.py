@@ -160,7 +160,7 @@ def _culprit(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 def summary(ledger: Path) -> list[str]:
     """What failed and what was not run."""
     done = ended(ledger)
-    bad = [f"{line['outcome'].upper()}: {short(line['test'])}: {line['why']}" for line in done
+    bad = [f"{line['outcome'].upper()}: {short(line['test'])}: {line['why'][:600]}" for line in done
            if line["outcome"] in FAILED]  # fmt: skip
     left = not_run(ledger)
     named = [f"NO TIME LEFT for {len(left)}: {', '.join(map(short, left))}"] if left else []
