@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cogx_fast import timing
+from cogx_fast.cli.bench import verdict
 from cogx_fast.model import layers
 from tests.clock import work_for_time
 from tests.conftest import report, run_cli
@@ -63,6 +64,30 @@ def test_a_slower_path_fails_and_the_report_is_still_one_object(
     assert facts["passed"] is False
     assert facts["rounds"] == 4  # measured again before it failed
     assert facts["ratio"]["median"] > facts["baseline"]["limit"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [
+        (0.80, 0.90, "as fast"),
+        (0.771, 1.120, "cannot tell"),  # a median of 0.950 over a limit of 0.905
+        (0.90, 0.91, "cannot tell"),
+        (0.91, 0.95, "slower"),
+    ],
+)
+def test_a_verdict_needs_the_interval_on_one_side_of_the_limit(low: float, high: float, word: str) -> None:
+    assert verdict({"low": low, "high": high}, limit=0.905) == word
+
+
+def test_what_cannot_be_told_is_no_failure(baseline: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wide = timing.Interval(median=0.95, low=0.5, high=2.0)
+    monkeypatch.setattr(timing, "ratio", lambda *_: wide)
+    known = json.loads(baseline.read_text()) | {"ratio": {"median": 0.9, "low": 0.85, "high": 0.95}}
+    (tmp_path / "known.json").write_text(json.dumps(known))
+    finished = run_cli("bench", "--against", tmp_path / "known.json", "--rounds", "2")
+    assert finished.status == 0
+    assert "cannot tell, measure longer (--rounds 16)" in finished.out
+    assert "SLOWER" not in finished.out
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,21 @@ if TYPE_CHECKING:
 _WORK = ("model", "frames", "height", "width", "batch", "layers", "dtype", "compile", "attention", "quant", "device")
 """What is measured, in the report's ``work`` and on the command line: a baseline holds for the same of these alone."""
 
+AS_FAST, SLOWER, CANNOT_TELL = "as fast", "slower", "cannot tell"
+_WORDS = {
+    AS_FAST: "as fast as it was",
+    SLOWER: "SLOWER THAN IT WAS",
+    CANNOT_TELL: "cannot tell, measure longer (--rounds {rounds}) or on a quieter machine",
+}
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = add_command(
         commands, "bench", run, "time a step against diffusers on this machine, and against an earlier run",
         "Time a denoising step of this transformer and of diffusers' in turns, with random weights, and compare the "
-        "ratio, which hardly depends on the machine, with that of an earlier run. Exit status 1: slower than it was.",
+        "ratio, which hardly depends on the machine, with that of an earlier run. Exit status 1: slower than it was, "
+        "by more than the margin, with 95 % confidence; 0: as fast as it was, or these rounds cannot tell.",
     )  # fmt: skip
     command.add_argument("model", nargs="?", metavar="MODEL", help="as for info; the baseline's own if there is one")
     command.add_argument(
@@ -56,11 +65,27 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     report |= _measure(contest, arguments.rounds, progress)
     if baseline is not None:
         limit = baseline["ratio"]["median"] * (1 + arguments.margin)
-        if report["ratio"]["median"] > limit:  # once more, longer, before anyone is alarmed
+        if verdict(report["ratio"], limit) != AS_FAST:  # once more, longer, before anyone is alarmed
             report |= _measure(contest, 2 * arguments.rounds, progress)
         report["baseline"] = {"ratio": baseline["ratio"], "machine": baseline["machine"], "limit": limit}
-        report["passed"] = report["ratio"]["median"] <= limit
+        report["verdict"] = verdict(report["ratio"], limit)
+        report["passed"] = {AS_FAST: True, SLOWER: False, CANNOT_TELL: None}[report["verdict"]]
     return report, render(report)
+
+
+def verdict(ratio: Mapping[str, float], limit: float) -> str:
+    """What an interval of ratios says of a limit: nothing, where the limit lies in it.
+
+    Args:
+        ratio: ``low`` and ``high``, its 95 % confidence interval.
+        limit: the highest ratio that is still well.
+
+    Returns:
+        ``AS_FAST``, ``SLOWER`` or ``CANNOT_TELL``.
+    """
+    if ratio["high"] <= limit:
+        return AS_FAST
+    return SLOWER if ratio["low"] > limit else CANNOT_TELL
 
 
 def render(report: dict[str, Any]) -> str:
@@ -87,7 +112,7 @@ def render(report: dict[str, Any]) -> str:
     ]
     if "baseline" in report:
         before = report["baseline"]
-        word = "as fast as it was" if report["passed"] else "SLOWER THAN IT WAS"
+        word = _WORDS[report["verdict"]].format(rounds=4 * report["rounds"])
         lines.append(f"{word}: the baseline is {before['ratio']['median']:.3f}, the limit {before['limit']:.3f}")
         changed = [name for name, value in report["machine"].items() if before["machine"].get(name) != value]
         if changed:
@@ -172,4 +197,4 @@ def _margin(text: str) -> float:
     return value
 
 
-__all__ = ["add", "render", "run"]
+__all__ = ["add", "render", "run", "verdict"]
