@@ -5,9 +5,11 @@ Suffixes: B batch, F latent frames, C channels, H/W latent height/width, S joint
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from cogx_fast.model.attention import Mask, Rotary
 from cogx_fast.model.masks import LayerBlocks, SparseBlocks
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.cachedir import CacheDirectory
+from cogx_fast.runtime.flags import Flags
 from cogx_fast.runtime.watch import Call, RecompileError, RecompileWarning, explain_recompile, show_progress
 
 if TYPE_CHECKING:
@@ -34,6 +37,15 @@ _BATCH_HINT = 2
 """The batch that kernels are tuned for where the graph holds for every batch; guidance doubles a batch of one."""
 
 _serial = itertools.count()
+_compiling = threading.RLock()
+"""Held by the one thread of the process that compiles; calls of what is compiled do not take it."""
+
+
+@functools.cache
+def _flags() -> Flags:
+    import torch._dynamo.config as dynamo
+
+    return Flags(dynamo, {"error_on_recompile": True, "recompile_limit": _RECOMPILE_LIMIT})
 
 
 class Engine:
@@ -64,7 +76,7 @@ class Engine:
     ) -> None:
         self._model = model
         self._dynamic, self._strict, self._cuda_graphs = dynamic, strict, cuda_graphs
-        self._call: Call | None = None
+        self._running = threading.local()
         self._earlier: list[Call] = []
         tried = model.device.type != "cuda" and bool(_least_batch())
         self._is_one_apart = cuda_graphs or (_quantizes_activations(model) and not tried)
@@ -182,15 +194,19 @@ class Engine:
 
     @contextmanager
     def _session(self, call: Call) -> Iterator[None]:
-        """What holds during a call, and only then: torch's flags, the progress line, the cache directory."""
-        self._call = call
-        flags = {"error_on_recompile": True, "recompile_limit": _RECOMPILE_LIMIT}
-        what = "the model" if self._whole else "the block"
-        with ExitStack() as stack:
-            stack.enter_context(self._cache_directory.used())
-            import torch._dynamo.config as dynamo
+        """What holds during a call, and only then: torch's flags, the progress line, the cache directory.
 
-            stack.enter_context(dynamo.patch(flags))
+        A call that may compile, the first of its kind, is alone: torch takes what one thread compiles while another
+        waits for the same for a recompile.
+        """
+        self._running.call = call
+        what = "the model" if self._whole else "the block"
+        known = any(call.settings == earlier.settings for earlier in self._earlier) if self._dynamic else False
+        with ExitStack() as stack:
+            if not known and call not in self._earlier:
+                stack.enter_context(_compiling)
+            stack.enter_context(self._cache_directory.used())
+            stack.enter_context(_flags().held())
             stack.enter_context(show_progress(what))
             yield
             if call not in self._earlier:
@@ -201,21 +217,25 @@ class Engine:
         from torch._dynamo.exc import RecompileError as TorchRecompileError
 
         run = functools.partial(self._cache_directory.retried, compiled, *arguments)
-        try:
+        with contextlib.suppress(TorchRecompileError):
             return run()
-        except TorchRecompileError as error:
-            self._tell(str(error))
-        import torch._dynamo.config as dynamo
+        with _compiling:
+            try:
+                return run()  # what this call needs may have been compiled by another thread meanwhile
+            except TorchRecompileError as error:
+                self._tell(str(error))
+            import torch._dynamo.config as dynamo
 
-        with dynamo.patch(error_on_recompile=False):
-            return run()
+            with dynamo.patch(error_on_recompile=False):
+                return run()
 
     def _tell(self, guards: str) -> None:
         what = "the model" if self._whole else "the block"
-        if self._call is None:
+        call: Call | None = getattr(self._running, "call", None)
+        if call is None:
             message = f"{what} compiles again outside of a call of the model: {guards}"
         else:
-            message = explain_recompile(self._call, self._earlier, guards, what=what, dynamic=self._dynamic)
+            message = explain_recompile(call, self._earlier, guards, what=what, dynamic=self._dynamic)
         if self._strict:
             raise RecompileError(f"{message}. This is an error because of CompileConfig(strict=True)")
         warnings.warn(message, RecompileWarning, stacklevel=2)

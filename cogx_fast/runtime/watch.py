@@ -52,7 +52,8 @@ def watch_compilation() -> Iterator[CompilationStats]:
         stats.recompiles += frame_compile_id.isdigit() and int(frame_compile_id) > 0
 
     def end(args: CallbackArgs) -> None:
-        stats.seconds += time.perf_counter() - started.pop()
+        if started:  # what another thread began before was not seen
+            stats.seconds += time.perf_counter() - started.pop()
 
     callback_handler.register_start_callback(start)
     callback_handler.register_end_callback(end)
@@ -154,7 +155,8 @@ def show_progress(what: str, stream: TextIO | None = None) -> Iterator[None]:
         tickers[-1].start()
 
     def end(args: CallbackArgs) -> None:
-        tickers.pop().stop()
+        if tickers:  # what another thread began before was not seen
+            tickers.pop().stop()
 
     callback_handler.register_start_callback(start)
     callback_handler.register_end_callback(end)
