@@ -11,10 +11,10 @@ import difflib
 import json
 import numbers
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 FEED_FORWARD_ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 TIMESTEP_ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
@@ -29,16 +29,25 @@ damaged file is refused before a model of that size is built."""
 _MOST_OF_ANY = 65_536
 
 
+_AVERAGE = (
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"
+)  # fmt: skip
+"""What diffusers' ``EMAModel`` writes about itself into the ``config.json`` of the averaged weights."""
+_REGISTERED = "_registered"
+"""Lists in our ``config.json`` the keys that ``register_to_config`` added; readers ignore keys that begin with "_"."""
+
+
 class ConfigError(ValueError):
     """A configuration that no CogVideoX transformer can have; the message names the field, its value and the remedy."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransformerConfig(Mapping[str, Any]):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TransformerConfig(dict[str, Any]):
     """Every field of diffusers' ``config.json`` for CogVideoX, checked when it is made.
 
-    It reads as an object (``config.num_layers``) and as a mapping (``config["num_layers"]``, ``dict(config)``), as
-    diffusers' own configs do. ``dataclasses.replace(config, num_layers=2)`` makes a changed, checked copy.
+    It reads as an object (``config.num_layers``) and is a dict that does not change (``config["num_layers"]``,
+    ``**config``, ``json.dumps(config)``), as diffusers' ``FrozenDict`` is; other keys than the fields are only what
+    ``register`` added. ``dataclasses.replace(config, num_layers=2)`` makes a changed, checked copy of the fields.
 
     Raises:
         ConfigError: a field has the wrong type or an impossible value, alone or together with another.
@@ -107,6 +116,7 @@ class TransformerConfig(Mapping[str, Any]):
             object.__setattr__(self, field.name, value)
         if self.ofs_embed_dim == 0:  # as upstream takes it
             object.__setattr__(self, "ofs_embed_dim", None)
+        dict.update(self, {field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         _check_values(self)
         _check_combinations(self)
 
@@ -166,11 +176,12 @@ class TransformerConfig(Mapping[str, Any]):
         known = {field.name for field in dataclasses.fields(cls)}
         fields = {str(key): value for key, value in data.items() if not str(key).startswith("_")}
         _check_quantization(fields.pop("quantization_config", None), origin)
+        added = {key: fields.pop(key) for key in (*_AVERAGE, *_registered(data)) if key in fields and key not in known}
         unknown = [key for key in fields if key not in known]
         if unknown:
             raise ConfigError(f"{origin}: unknown {_describe_unknown(unknown, known)}")
         try:
-            return cls(**fields)
+            return cls(**fields).register(**added)
         except ConfigError as error:
             raise ConfigError(f"{origin}: {error}") from None
 
@@ -190,22 +201,63 @@ class TransformerConfig(Mapping[str, Any]):
             ) from None
         return cls.from_dict(data, origin=str(path))
 
+    def register(self, **values: Any) -> TransformerConfig:
+        """A checked copy with other values of fields, or with keys of the caller's own beside them.
+
+        Raises:
+            ConfigError: a field has the wrong type or an impossible value.
+        """
+        fields = {name: values.get(name, getattr(self, name)) for name in self.__dataclass_fields__}
+        copy = type(self)(**fields)
+        dict.update(copy, {key: value for key, value in {**self, **values}.items() if key not in fields})
+        return copy
+
     def to_dict(self) -> dict[str, Any]:
         """The content of diffusers' ``config.json`` (with ``_class_name``, without a diffusers version)."""
-        return {"_class_name": UPSTREAM_CLASS, **dataclasses.asdict(self)}
+        added = [key for key in _public(self) if key not in self.__dataclass_fields__]
+        return {"_class_name": UPSTREAM_CLASS, **self} | ({_REGISTERED: added} if added else {})
 
-    def __getitem__(self, key: str) -> Any:
-        if key not in self.__dataclass_fields__:
-            raise KeyError(key)
-        return getattr(self, key)
+    def __getattr__(self, name: str) -> Any:  # of keys that are no fields
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no field or key {name!r}") from None
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.__dataclass_fields__)
+    def _is_frozen(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} does not change: make another with dataclasses.replace(config, ...), or call "
+            "model.register_to_config(...)"
+        )
 
-    def __len__(self) -> int:
-        return len(self.__dataclass_fields__)
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _is_frozen
 
-    __hash__ = None  # type: ignore[assignment]  # a mapping; compare with ==
+    def __eq__(self, other: object) -> bool:
+        """Whether fields and registered keys are the same; what begins with "_" is no matter between two of these."""
+        if not isinstance(other, TransformerConfig):
+            return dict.__eq__(self, other)
+        return _public(self) == _public(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def copy(self) -> TransformerConfig:
+        """The same again."""
+        return self.register()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), dict(self))
+
+    __hash__ = None  # a mapping; compare with ==
+
+
+def _public(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+def _restore(kind: type[TransformerConfig], values: dict[str, Any]) -> TransformerConfig:
+    """A configuration from all of its keys: how one is copied and unpickled."""
+    known = kind.__dataclass_fields__
+    return kind(**{key: value for key, value in values.items() if key in known}).register(**values)
 
 
 def _check_type(name: str, annotation: str, value: Any) -> Any:
@@ -224,6 +276,11 @@ def _check_type(name: str, annotation: str, value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return value if is_bool else int(value)
     return float(value) if kind == "float" else value
+
+
+def _registered(data: Mapping[str, Any]) -> list[str]:
+    added = data.get(_REGISTERED, [])
+    return [key for key in added if isinstance(key, str)] if isinstance(added, list) else []
 
 
 def _check_quantization(quantization: Any, origin: str) -> None:

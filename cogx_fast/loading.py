@@ -172,6 +172,7 @@ def load_weights(
     else:
         found = resolve(tiny_pipeline_dir() if source == "tiny" else source, config=config, **files)
         model = load_checkpoint(found, build, dtype=wanted, device=home, check_finite=check_finite, prepare=prepare)
+        model.register_to_config(_name_or_path=str(source))
     model.eval()
     _set_attention(model, attention, compiled=compiled)
     return model

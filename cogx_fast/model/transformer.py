@@ -9,6 +9,8 @@ V video tokens, E width of text or time embedding, D model width, N heads, K hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -95,6 +97,11 @@ class Block(nn.Module):
         return torch.addcmul(x_BSD, modulate.gate, self.ff(self.norm2(x_BSD, modulate)))
 
 
+def _checkpoint(block: nn.Module, *inputs: object) -> Tensor:
+    x_BSD: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+    return x_BSD
+
+
 class CogVideoXTransformer(nn.Module):
     """The transformer that predicts noise (v-prediction) from noisy latents, text and timestep.
 
@@ -119,6 +126,7 @@ class CogVideoXTransformer(nn.Module):
             config.inner_dim, config.out_channels * config.patch_size**2 * (config.patch_size_t or 1)
         )
         self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Tensor] | None = None  # diffusers' names for both
 
     def forward(
         self,
@@ -151,7 +159,8 @@ class CogVideoXTransformer(nn.Module):
         for layer, (block, mod_B12D) in enumerate(zip(self.transformer_blocks, mod_BL12D.unbind(1), strict=True)):
             own_mask = mask.of_layer(layer) if isinstance(mask, SparseBlocks) else mask
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BSD = checkpoint(block, x_BSD, mod_B12D, is_text_S1, rotary, own_mask, use_reentrant=False)
+                run = self._gradient_checkpointing_func or _checkpoint
+                x_BSD = run(block, x_BSD, mod_B12D, is_text_S1, rotary, own_mask)
             else:
                 x_BSD = block(x_BSD, mod_B12D, is_text_S1, rotary, own_mask)
         return self.head(x_BSD[:, text_BTE.shape[1] :], emb_BE, latents_BFCHW.shape, restore_V)

@@ -7,6 +7,7 @@ these files only from where you would take a program from.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from cogx_fast.config import TransformerConfig
+from cogx_fast.config import UPSTREAM_CLASS, TransformerConfig
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -143,7 +144,8 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 def hash_config(config: TransformerConfig) -> str:
     """A name for a model's configuration."""
-    return _sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    fields = {"_class_name": UPSTREAM_CLASS, **dataclasses.asdict(config)}  # without what was registered beside them
+    return _sha256(json.dumps(fields, sort_keys=True).encode())
 
 
 def _sha256(data: bytes) -> str:

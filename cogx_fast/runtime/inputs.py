@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import warnings
 from collections import OrderedDict
@@ -11,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cogx_fast.config import TransformerConfig
+from cogx_fast.config import ConfigError, TransformerConfig
 from cogx_fast.model.attention import Mask, Rotary
 from cogx_fast.model.backends import BACKENDS
 from cogx_fast.model.masks import full_block_mask
@@ -20,6 +22,8 @@ from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
 from cogx_fast.runtime.plan import AttentionPlan, GridPlan
 
 _TABLES_HELD = 8
+_OF_THE_VIDEO = ("sample_height", "sample_width", "sample_frames", "max_text_seq_length")
+"""Fields that pipelines read for their defaults and that no weight depends on, but for learned positions."""
 
 
 class InputPreparation(CogVideoXTransformer):
@@ -32,14 +36,36 @@ class InputPreparation(CogVideoXTransformer):
 
     def __init__(self, config: TransformerConfig, *, attention: str = "sdpa") -> None:
         super().__init__(config, attention=attention)
-        self._config = config
+        self._config = config  # as it was built; ``config`` may say other sizes of the default video since
+        self._registered = config
+        self._told_dtypes: set[tuple[torch.dtype, ...]] = set()
         self._tables: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._plan: AttentionPlan | None = None
 
     @property
     def config(self) -> TransformerConfig:
-        """The configuration, readable as an object and as a mapping."""
-        return self._config
+        """The configuration, readable as an object and as a dict."""
+        return self._registered
+
+    def register_to_config(self, **values: Any) -> None:
+        """Change what the configuration says of the default video, or note keys of the caller's own in it.
+
+        Raises:
+            ConfigError: (a ValueError) a field that the model was built by has another value, or one is impossible.
+        """
+        fields = dataclasses.asdict(self._registered)
+        built = [name for name in fields if name in values and values[name] != fields[name]]
+        changed = [name for name in built if name not in _OF_THE_VIDEO]
+        if self._config.use_learned_positional_embeddings:  # these are for that size alone
+            changed = built
+        if changed:
+            raise ConfigError(
+                f"register_to_config would have the config say {', '.join(f'{n}={values[n]!r}' for n in changed)}, but "
+                f"the model was built with {', '.join(f'{n}={fields[n]!r}' for n in changed)}, and so its weights are "
+                "written and read: build another model with that configuration"
+            )
+        self._registered = self._registered.register(**values)
+        self._tables.clear()
 
     @property
     def attention_backends(self) -> dict[str, None]:
@@ -69,6 +95,32 @@ class InputPreparation(CogVideoXTransformer):
             )
         return config.grid(latents.shape[1], latents.shape[3], latents.shape[4])
 
+    def _in_own_dtype(self, latents: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in the dtype of the weights, with one warning where that changes them."""
+        for name, tensor in (("hidden_states", latents), ("encoder_hidden_states", text)):
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} is {tensor.dtype}, expected a floating-point dtype, best the weights' own")
+        weight: Any = getattr(self.patch_embed.proj, "weight", None)
+        if (
+            not isinstance(weight, Tensor)
+            or weight.dtype.itemsize == 1
+            or torch.is_autocast_enabled(latents.device.type)
+        ):
+            return latents, text
+        dtypes = (latents.dtype, text.dtype, weight.dtype)
+        if dtypes.count(weight.dtype) == len(dtypes):
+            return latents, text
+        if dtypes not in self._told_dtypes and not torch.compiler.is_compiling():
+            self._told_dtypes.add(dtypes)
+            given, own = (str(dtype).removeprefix("torch.") for dtype in (dtypes[0], weight.dtype))
+            warnings.warn(
+                f"hidden_states is {dtypes[0]}, encoder_hidden_states is {dtypes[1]} and the weights are "
+                f"{weight.dtype}: the call is computed in {own}. Have all in one dtype: load the model with "
+                f"dtype={given!r}, or the pipeline with torch_dtype={weight.dtype}",
+                stacklevel=3,
+            )
+        return latents.to(weight.dtype), text.to(weight.dtype)
+
     def _rotary(
         self, grid: Grid, text_len: int, given: tuple[Tensor, Tensor] | None, device: torch.device
     ) -> Rotary | None:
@@ -94,7 +146,7 @@ class InputPreparation(CogVideoXTransformer):
     def _positions(
         self, latents_shape: torch.Size, grid: Grid, text_len: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor | None:
-        config = self.config
+        config = self._config
         if config.use_rotary_positional_embeddings and not config.use_learned_positional_embeddings:
             return None
         if text_len > config.max_text_seq_length:
@@ -142,13 +194,15 @@ class InputPreparation(CogVideoXTransformer):
         """A table made once for each key; the oldest of more than a few are dropped."""
         if torch.compiler.is_compiling():  # under the caller's own torch.compile a table is part of the graph
             return make()
-        if key not in self._tables:
-            while len(self._tables) >= _TABLES_HELD:
-                self._tables.popitem(last=False)
+        table = self._tables.pop(key, None)  # two threads may make it twice, which is no harm
+        if table is None:
             with torch.inference_mode(False):  # made under inference mode it could not be trained with later
-                self._tables[key] = make()
-        self._tables.move_to_end(key)
-        return self._tables[key]
+                table = make()
+        while len(self._tables) >= _TABLES_HELD:
+            with contextlib.suppress(KeyError):
+                self._tables.popitem(last=False)
+        self._tables[key] = table
+        return table
 
 
 def _joint_mask(mask: Any, batch: int, num_heads: int, tokens: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.attention import Mask
@@ -75,7 +76,8 @@ class CogVideoXModel(InputPreparation):
         """Predict the noise (v-prediction) in ``hidden_states``.
 
         Args:
-            hidden_states: noisy latents ``(B, F, C, H, W)``, in latent frames and latent pixels.
+            hidden_states: noisy latents ``(B, F, C, H, W)``, in latent frames and latent pixels. Another dtype than the
+                weights' is converted to theirs and back, with a warning (under autocast it is not).
             encoder_hidden_states: the text encoder's output ``(B, T, E)``.
             timestep: diffusion timestep, a number, ``(1,)`` or ``(B,)``.
             timestep_cond: must be None: no CogVideoX model has a projection for it (upstream fails on it too).
@@ -88,12 +90,14 @@ class CogVideoXModel(InputPreparation):
             return_dict: return an object with ``.sample``, else a tuple of one.
 
         Returns:
-            The prediction ``(B, F, C_out, H, W)``.
+            The prediction ``(B, F, C_out, H, W)`` in ``hidden_states``' dtype.
 
         Raises:
-            ValueError: shapes that do not fit the configuration or each other; the message says which.
+            ValueError: shapes or dtypes that do not fit the configuration or each other; the message says which.
         """
         grid = self._check_inputs(hidden_states, encoder_hidden_states, timestep_cond, ofs)
+        given = hidden_states.dtype
+        hidden_states, encoder_hidden_states = self._in_own_dtype(hidden_states, encoder_hidden_states)
         batch, text_len = encoder_hidden_states.shape[:2]
         device, dtype = hidden_states.device, hidden_states.dtype
         denoise = self._compiled or super().forward
@@ -113,7 +117,7 @@ class CogVideoXModel(InputPreparation):
             rotary,
             position,
             mask,
-        )
+        ).to(given)
         return self._output(sample) if return_dict else (sample,)
 
     def _output(self, sample: Tensor) -> Any:
@@ -123,6 +127,65 @@ class CogVideoXModel(InputPreparation):
         super()._apply(fn, recurse)
         follow_dtype(self, fn)
         return self
+
+    # -- weights by name -----------------------------------------------------------------------------------------------
+
+    def state_dict(self, *arguments: Any, layout: str | None = None, **options: Any) -> Any:
+        """As ``nn.Module.state_dict``.
+
+        Args:
+            *arguments, **options: torch's: ``destination``, ``prefix``, ``keep_vars``.
+            layout: "diffusers" gives names and shapes of diffusers' model, as views of the same memory; None ours.
+
+        Raises:
+            CheckpointError: (a ValueError) the weights are not those of the configuration, e.g. with adapters.
+            ValueError: another layout, or ``destination`` with one.
+        """
+        if layout is None:
+            return super().state_dict(*arguments, **options)
+        if layout != "diffusers":
+            raise ValueError(f"layout is {layout!r}, expected 'diffusers', or None for this model's own names")
+        if arguments or options.get("destination") is not None:
+            raise ValueError("destination is given with a layout: leave it out, and update it with what is returned")
+        from cogx_fast.weights.state import in_upstream_names
+
+        own = super().state_dict(keep_vars=options.get("keep_vars", False))
+        tensors = in_upstream_names(own, self._config, f"this {type(self).__name__}")
+        return {f"{options.get('prefix', '')}{name}": tensor for name, tensor in tensors.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module.load_state_dict``, for a state dict in this model's names or wholly in diffusers'.
+
+        Raises:
+            RuntimeError: names or shapes do not fit; with diffusers' names, before anything is loaded.
+            CheckpointError: (a ValueError) diffusers' names, for a quantized model.
+        """
+        from cogx_fast.weights.state import in_our_names
+
+        translated = in_our_names(self, self._config, state_dict, strict=strict)
+        if translated is None:
+            return super().load_state_dict(state_dict, strict, assign)
+        tensors, missing, unexpected = translated
+        keys = super().load_state_dict(tensors, strict=False, assign=assign)
+        return type(keys)(missing, unexpected)
+
+    # -- copies, in this process and in others -------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but the compiled code, which stays with its model; a copy compiles anew."""
+        state = {**self.__dict__, "_tables": type(self._tables)(), "_recorder": None}
+        if self._compiled is not None:
+            plain = {name: _without_forward(block) for name, block in self.transformer_blocks.named_children()}
+            blocks = _without_forward(self.transformer_blocks, _modules=plain)
+            state |= {"_compiled": None, "_modules": {**self._modules, "transformer_blocks": blocks}}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._compile_config is not None:
+            from cogx_fast.runtime.compile import compile_model
+
+            compile_model(self, self._compile_config)
 
     # -- what else diffusers' model answers ----------------------------------------------------------------------------
 
@@ -189,7 +252,7 @@ class CogVideoXModel(InputPreparation):
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
-        save_function: None = None,
+        save_function: Any = None,
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
@@ -200,29 +263,33 @@ class CogVideoXModel(InputPreparation):
         Args:
             save_directory: made if it is not there; a checkpoint in it is replaced whole, or not at all.
             is_main_process: False writes nothing: one process of a group writes for all.
-            save_function: must be None: the files are always written in the safetensors format.
-            safe_serialization: must be True.
+            save_function: taken and not used, as upstream does.
+            safe_serialization: False writes ``.bin`` files by ``torch.save``, which diffusers reads; ``load`` does not,
+                since pickles can run any code when they are read.
             variant: the ``<variant>`` in ``diffusion_pytorch_model.<variant>.safetensors``.
             max_shard_size: bytes in a file, a number or e.g. "5GB".
             push_to_hub: must be False.
 
         Raises:
-            CheckpointError: (a ValueError) an argument cannot be, or the weights are not those of the configuration.
+            CheckpointError: (a ValueError) an argument cannot be, the weights are not those of the configuration, or
+                ``.bin`` is asked for with packed int4 weights, which no reader of it could take. Then nothing of the
+                model is written; diffusers' pipelines have written their other parts by then.
         """
         from cogx_fast.weights.errors import CheckpointError
         from cogx_fast.weights.save import save_checkpoint
 
-        if not safe_serialization or save_function is not None:
-            raise CheckpointError(
-                "safe_serialization=False or a save_function is given, but weights are written as .safetensors only, "
-                "since pickles can run any code when they are read: leave both out"
-            )
         if push_to_hub:
             raise CheckpointError(
                 "push_to_hub=True, but nothing is uploaded from here: save, then use huggingface_hub.upload_folder"
             )
         if is_main_process:
-            save_checkpoint(self, save_directory, max_shard_size=max_shard_size, variant=variant)
+            save_checkpoint(
+                self,
+                save_directory,
+                max_shard_size=max_shard_size,
+                variant=variant,
+                pickled=not safe_serialization,
+            )
 
     def save_compile_cache(self, path: str | os.PathLike[str]) -> None:
         """Write what compiling this model made, for ``load(..., compile_cache=path)`` to start warm from.
@@ -257,19 +324,27 @@ class CogVideoXModel(InputPreparation):
     def unfuse_qkv_projections(self) -> None:
         """Nothing to undo: the fused projection computes what three apart would."""
 
-    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Any = None) -> None:
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Tensor] | None = None) -> None:
         """Keep only each block's input for the backward pass and compute the rest again.
 
-        Raises:
-            ValueError: a checkpointing function of the caller's own is given; torch's (non-reentrant) one is used.
+        Args:
+            gradient_checkpointing_func: called as ``f(block, *inputs)`` in place of each block; None is torch's own
+                checkpointing, non-reentrant.
         """
-        if gradient_checkpointing_func is not None:
-            raise ValueError("gradient_checkpointing_func is given: pass None; torch.utils.checkpoint is used")
+        self._gradient_checkpointing_func = gradient_checkpointing_func
         self.gradient_checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep every activation for the backward pass again."""
         self.gradient_checkpointing = False
+
+
+def _without_forward(module: nn.Module, **changed: Any) -> nn.Module:
+    """The same module, parameters and all, without a ``forward`` of its own in place of its class's."""
+    plain = copy.copy(module)
+    plain.__dict__.update(changed)
+    plain.__dict__.pop("forward", None)
+    return plain
 
 
 __all__ = ["CogVideoXModel", "TransformerOutput"]

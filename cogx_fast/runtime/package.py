@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -199,6 +199,11 @@ class PackagedBlock:
         self._sizes = sizes
         self._dtype = dtype
         self._expected = [(leaf.shape, leaf.dtype, leaf.device) for leaf in self._weights.read()]
+
+    def __reduce__(self) -> NoReturn:
+        raise ValueError(
+            "a model that runs a package cannot be copied or pickled: call load_package once more, in each process"
+        )
 
     def __call__(
         self, x_BSD: Tensor, mod_B12D: Tensor, is_text_S1: Tensor, rotary: Rotary | None, mask: Mask | LayerBlocks

@@ -6,6 +6,7 @@ failure leaves nothing behind.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -18,16 +19,13 @@ from torch import Tensor, nn
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.weights.errors import CheckpointError, some
-from cogx_fast.weights.headers import DTYPES, FLOATING, Stored
+from cogx_fast.weights.foreign import bare_names, refuse_foreign
+from cogx_fast.weights.headers import DTYPES, Stored
 from cogx_fast.weights.layout import Slot, by_our_name, our_shape, slots
 from cogx_fast.weights.quantized import Weight, check_same, describe, inner_tensors, is_quantized, note_recipe
 from cogx_fast.weights.reading import Maps, announce, is_run, read
 from cogx_fast.weights.sources import Source
 
-_ADAPTER = re.compile(r"lora_|\.base_layer\.|^base_model\.|\.hada_|\.modules_to_save\.")
-_QUANTIZED = re.compile(
-    r"(absmax|quant_map|quant_state|\.SCB|qweight|qzeros|weight_scale|scale_weight|scaled_fp8|:qdata|_qdata|:scale)"
-)
 _BLOCK = re.compile(r"transformer_blocks\.(\d{1,9})\.")
 _PART = re.compile(r"transformer_blocks\.\d+|[^.]+")
 _CHECKED_AT_ONCE = 1 << 24
@@ -62,8 +60,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: damaged or foreign files; the message says what to do.
     """
-    stored = source.headers()
     origin = str(source.weights)
+    stored, origin = _without_prefixes(source.headers(), origin)
     quantized = describe(stored, source.metadata(stored), source.config, origin)
     found = quantized.found if quantized else {name: (t.shape, t.dtype) for name, t in stored.items()}
     layout = check_tensors(found, source.config, origin)
@@ -108,6 +106,16 @@ def load_checkpoint(
     return model
 
 
+def _without_prefixes(stored: dict[str, Stored], origin: str) -> tuple[dict[str, Stored], str]:
+    """A checkpoint's tensors by the names that a model's own have, and what to call it in messages."""
+    bare = bare_names(stored)
+    changed = next((name for name, rest in bare.items() if rest != name), None)
+    if changed is None or len(set(bare.values())) < len(bare):
+        return stored, origin
+    named = {bare[name]: dataclasses.replace(one, name=bare[name]) for name, one in stored.items()}
+    return named, f"{origin} ({changed!r} read as {bare[changed]!r}, and so all names)"
+
+
 def place(model: nn.Module, weight: Weight, maps: Maps, device: torch.device) -> list[tuple[Stored, Tensor]]:
     """Give a model one of its quantized weights; returns what is still to be read into it."""
     tensor, pieces = weight.pieces(maps, device)
@@ -141,7 +149,7 @@ def check_tensors(
     Raises:
         CheckpointError: they are not; the first few names are in the message.
     """
-    _refuse_foreign(found, origin)
+    refuse_foreign(found, origin)
     blocks = 1 + max((int(match[1]) for name in found if (match := _BLOCK.match(name))), default=-1)
     if blocks != config.num_layers:
         raise CheckpointError(
@@ -164,22 +172,6 @@ def check_tensors(
             "files, or give the config they belong to"
         )
     return expected
-
-
-def _refuse_foreign(found: Mapping[str, tuple[tuple[int, ...], str]], origin: str) -> None:
-    adapters = [name for name in found if _ADAPTER.search(name)]
-    if adapters:
-        raise CheckpointError(
-            f"{origin}: holds adapter (LoRA) weights ({some(adapters, 2)}): fuse them into the model "
-            "(pipe.fuse_lora()) and unload the adapters (pipe.unload_lora_weights()) first, then save or load the model"
-        )
-    quantized = [name for name, (_, dtype) in found.items() if _QUANTIZED.search(name) or dtype not in FLOATING]
-    if quantized:
-        kinds = sorted({found[name][1] for name in quantized})
-        raise CheckpointError(
-            f"{origin}: holds quantized or unknown weights ({some(quantized, 2)}; {some(kinds)}): load the original "
-            "checkpoint in floating point and quantize it here"
-        )
 
 
 def target_dtype(name: str, stored: Iterable[str], dtype: torch.dtype | None) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from cogx_fast.weights.checkpoint import (
     target_dtype,
 )
 from cogx_fast.weights.errors import CheckpointError, some
+from cogx_fast.weights.foreign import bare_names, refuse_kinds, unwrapping
 from cogx_fast.weights.headers import NAMES
 from cogx_fast.weights.layout import Slot, by_our_name, our_shape, slots
 from cogx_fast.weights.quantized import Found, check_alike, is_quantized, note_recipe, recipe_text, taken
@@ -109,11 +111,15 @@ def model_config(source: nn.Module) -> TransformerConfig:
     if isinstance(config, TransformerConfig):
         return config
     if UPSTREAM_CLASS not in known or not isinstance(config, Mapping):
-        raise CheckpointError(
-            f"got a {type(source).__name__}, expected diffusers' {UPSTREAM_CLASS}: pass the pipeline's transformer "
-            "(unwrapped from PEFT, DDP or FSDP), or where its files are"
-        )
-    return TransformerConfig.from_dict(config, origin=f"the config of the given {type(source).__name__}")
+        remedy = unwrapping(known) or "pass the pipeline's transformer, or where its files are"
+        raise CheckpointError(f"got a {type(source).__name__}, expected diffusers' {UPSTREAM_CLASS}: {remedy}")
+    fields = inspect.signature(type(source).__init__).parameters
+    added = {key: value for key, value in config.items() if key not in fields and not key.startswith("_")}
+    added.pop("quantization_config", None)
+    if "_name_or_path" in config:
+        added["_name_or_path"] = config["_name_or_path"]
+    own = {key: value for key, value in config.items() if key not in added}
+    return TransformerConfig.from_dict(own, origin=f"the config of the given {type(source).__name__}").register(**added)
 
 
 def _kind(tensor: Tensor) -> tuple[tuple[int, ...], str]:
@@ -148,16 +154,12 @@ def plain_tensors(source: nn.Module, origin: str) -> dict[str, Tensor]:
         )
     persistent = source.state_dict().keys()
     both = dict(source.named_parameters(remove_duplicate=False)) | dict(source.named_buffers(remove_duplicate=False))
-    tensors = {name: tensor for name, tensor in both.items() if name in persistent}
+    bare = bare_names(persistent)  # parts may be wrapped by torch.compile
+    tensors = {bare[name]: tensor for name, tensor in both.items() if name in persistent}
     if not isinstance(source, CogVideoXTransformer):  # unfusing leaves the fused copies behind
         tensors = {name: tensor for name, tensor in tensors.items() if ".attn1.to_qkv." not in name}
     plain = (Tensor, nn.Parameter, nn.Buffer)
-    odd = [name for name, tensor in tensors.items() if type(tensor) not in plain and not is_quantized(tensor)]
-    if odd:
-        raise CheckpointError(
-            f"{origin}: {some(odd, 2)} are of {type(tensors[odd[0]]).__name__}, neither plain tensors nor "
-            "quantized by torchao: load the original checkpoint in floating point"
-        )
+    refuse_kinds({n: t for n, t in tensors.items() if type(t) not in plain and not is_quantized(t)}, origin)
     absent = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
     if absent:
         raise CheckpointError(

@@ -305,6 +305,18 @@ def taken(name: str, parts: Sequence[Tensor], device: torch.device) -> Tensor:
     return storage.restore(name, joined, written, storage.join([one.description for one in flat], rows))
 
 
+def parted(name: str, whole: Tensor, group: list[Slot], origin: str) -> dict[str, Tensor]:
+    """A quantized tensor of ours as diffusers' several, on the same memory."""
+    from quant import storage
+
+    with naming(origin):
+        pieces = _parted(name, storage.flatten(whole), group)
+        if len(pieces) < len(group):
+            raise CheckpointError(f"{origin}: {name} is quantized in a kind that cannot be parted as diffusers has it")
+        written = storage.Written(descriptions={}, recipe=None, torchao=storage.torchao_version())
+        return {piece: storage.restore(piece, one.parts, written, one.description) for piece, one in pieces.items()}
+
+
 # ------------------------------------------------------------------------------------------------- to files
 
 
@@ -357,5 +369,5 @@ def _parted(name: str, whole: Any, group: list[Slot]) -> dict[str, Any]:
 
 __all__ = [
     "Found", "Quantized", "Weight", "check_alike", "check_same", "describe", "flatten", "inner_tensors", "is_quantized",
-    "naming", "note_recipe", "recipe_text", "taken",
+    "naming", "note_recipe", "parted", "recipe_text", "taken",
 ]  # fmt: skip

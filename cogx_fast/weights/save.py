@@ -25,8 +25,19 @@ from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.weights.errors import CheckpointError
 from cogx_fast.weights.live import check_ours, model_config, plain_tensors
 from cogx_fast.weights.quantized import flatten, recipe_text
-from cogx_fast.weights.sources import CONFIG_NAME, STEM, index_name, read_index, recipe_name, shard_name, weights_name
-from cogx_fast.weights.writing import sync_directory, write_json, write_tensors, write_text
+from cogx_fast.weights.sources import (
+    CONFIG_NAME,
+    PICKLED,
+    SAFE,
+    STEM,
+    index_name,
+    read_index,
+    recipe_name,
+    shard_name,
+    weights_name,
+)
+from cogx_fast.weights.state import in_upstream_names
+from cogx_fast.weights.writing import sync_directory, write_json, write_pickled, write_tensors, write_text
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _HIDDEN = ".cogx-fast-save-"
@@ -40,6 +51,7 @@ def save_checkpoint(
     *,
     max_shard_size: int | str = "10GB",
     variant: str | None = None,
+    pickled: bool = False,
 ) -> None:
     """Write a model's configuration and weights as diffusers' ``save_pretrained`` would.
 
@@ -53,6 +65,8 @@ def save_checkpoint(
         directory: made if it is not there. An earlier save of the same variant is replaced, other files are left.
         max_shard_size: bytes in a file, a number or e.g. "5GB"; more go to further files, with an index.
         variant: the ``<variant>`` in ``diffusion_pytorch_model.<variant>.safetensors``.
+        pickled: write ``.bin`` files of ``torch.save``, which are not read here; an earlier save of the variant in
+            the other format is removed, for readers go by that one.
 
     Raises:
         CheckpointError: the model's weights are not those of its configuration, or an argument cannot be.
@@ -61,24 +75,30 @@ def save_checkpoint(
     target = Path(directory)
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: is a file: give a directory")
-    if variant is not None and not re.fullmatch(r"[\w-]+", variant):
-        raise CheckpointError(f"variant is {variant!r}, expected a word of letters, digits, '_' or '-', or None")
+    if variant is not None and not re.fullmatch(r"[\w-][\w.-]*", variant):
+        raise CheckpointError(f"variant is {variant!r}, expected letters, digits, '_', '-' or '.', or None")
     origin = f"the {type(model).__name__} to save"
     config = model_config(model)
     ours = plain_tensors(model, origin)
     check_ours(ours, config, origin)
     recipe = recipe_text(model)
     tensors, metadata, about = flatten({name: t.detach() for name, t in ours.items()}, config, recipe, origin)
+    if pickled:
+        tensors = in_upstream_names({name: tensor.detach() for name, tensor in ours.items()}, config, origin)
     shards = _split(tensors, _bytes(max_shard_size))
     target.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    saving = _Saving(target, variant, len(shards))
+    saving = _Saving(target, variant, len(shards), PICKLED if pickled else SAFE)
     try:
         write_json(saving.hidden(CONFIG_NAME), config.to_dict() | about)
         if recipe is not None:
             write_text(saving.hidden(saving.recipe), RECIPE_HEADER + recipe)
         for name, shard in zip(saving.names, shards, strict=True):
-            write_tensors(saving.hidden(name), {key: tensors[key] for key in shard}, metadata)
+            chosen = {key: tensors[key] for key in shard}
+            if pickled:
+                write_pickled(saving.hidden(name), chosen)
+            else:
+                write_tensors(saving.hidden(name), chosen, metadata)
         sync_directory(target)
     except BaseException:
         saving.forget()
@@ -89,15 +109,16 @@ def save_checkpoint(
 class _Saving:
     """One save: where its files are before, and how they come into place."""
 
-    def __init__(self, directory: Path, variant: str | None, count: int) -> None:
+    def __init__(self, directory: Path, variant: str | None, count: int, suffix: str) -> None:
         self.directory = directory
-        self.index = directory / index_name(variant)
+        self.suffix = suffix
+        self.index = directory / index_name(variant, suffix)
         self.recipe = recipe_name(variant)
         self.variant = variant
         self.names = (
-            [weights_name(variant)]
+            [weights_name(variant, suffix)]
             if count == 1
-            else [shard_name(variant, number, count) for number in range(1, count + 1)]
+            else [shard_name(variant, number, count, suffix) for number in range(1, count + 1)]
         )
         self._token = secrets.token_hex(4)
 
@@ -156,11 +177,13 @@ class _Saving:
 
     def _stale(self) -> list[Path]:
         """Weights of this variant that earlier saves left."""
-        stem = re.escape(weights_name(self.variant).removesuffix(".safetensors"))
-        weights = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors")
-        return [
+        stem = re.escape(weights_name(self.variant, ""))
+        suffixes = {re.escape(each) for each in (self.suffix, SAFE)}  # which readers take before any other
+        weights = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?({'|'.join(suffixes)})")
+        stale = [
             path for path in self.directory.iterdir() if weights.fullmatch(path.name) and path.name not in self.names
         ]
+        return stale if self.suffix == SAFE else [self.directory / index_name(self.variant), *stale]
 
 
 def _is_ours(recipe: Path) -> bool:
@@ -177,7 +200,7 @@ def _remove_leftovers(directory: Path) -> None:
     in_force: set[str] = set()
     for index in directory.glob(f"{STEM}*.index*.json"):
         with contextlib.suppress(CheckpointError):  # a damaged index holds nothing together, and may be replaced
-            in_force |= set(read_index(index).values())
+            in_force |= set(read_index(index, PICKLED if f"{PICKLED}.index" in index.name else SAFE).values())
     for path in directory.glob(f"{_HIDDEN}*"):
         if path.name not in in_force:
             path.unlink(missing_ok=True)

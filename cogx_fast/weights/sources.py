@@ -16,25 +16,27 @@ from cogx_fast.weights.headers import Stored, read_header, read_metadata
 
 STEM = "diffusion_pytorch_model"
 CONFIG_NAME = "config.json"
+SAFE, PICKLED = ".safetensors", ".bin"
+"""How files of weights end: the format that is read here, and the one that is only written."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 ConfigLike = TransformerConfig | Mapping[str, Any] | str | os.PathLike[str]
 
 
-def weights_name(variant: str | None) -> str:
+def weights_name(variant: str | None, suffix: str = SAFE) -> str:
     """Name that diffusers gives the file that holds all weights."""
-    return f"{_stem(variant)}.safetensors"
+    return f"{_stem(variant)}{suffix}"
 
 
-def shard_name(variant: str | None, index: int, count: int) -> str:
+def shard_name(variant: str | None, index: int, count: int, suffix: str = SAFE) -> str:
     """Name that diffusers gives shard ``index`` (from 1) of ``count``."""
-    return f"{_stem(variant)}-{index:05d}-of-{count:05d}.safetensors"
+    return f"{_stem(variant)}-{index:05d}-of-{count:05d}{suffix}"
 
 
-def index_name(variant: str | None) -> str:
+def index_name(variant: str | None, suffix: str = SAFE) -> str:
     """Name that diffusers gives the file that says which shard holds what."""
-    return f"{STEM}.safetensors.index.{variant + '.' if variant else ''}json"
+    return f"{STEM}{suffix}.index.{variant + '.' if variant else ''}json"
 
 
 def recipe_name(variant: str | None) -> str:
@@ -133,6 +135,9 @@ def find_weights(directory: Path, variant: str | None) -> Path:
     found = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and not entry.name.startswith("."))
     wanted = f"{directory}: no {weights_name(variant)} and no {index_name(variant)}"
     others = [name for name in found if name.startswith(STEM)]
+    ggufs = [name for name in found if name.endswith(".gguf")]
+    if ggufs and not others:
+        raise CheckpointError(f"{directory / ggufs[0]}: {_GGUF}")
     if any(name.endswith(_PICKLES) for name in others):
         raise CheckpointError(f"{wanted}, only {some(others)}: {_PICKLE_ADVICE}")
     if others:
@@ -152,7 +157,14 @@ _PICKLE_ADVICE = (
 )
 
 
+_GGUF = (
+    "a GGUF file, quantized by llama.cpp's tools: load the original checkpoint in floating point and quantize it here"
+)
+
+
 def _check_file(path: Path) -> Path:
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path}: {_GGUF}")
     if path.name.endswith(_PICKLES):
         raise CheckpointError(f"{path}: {_PICKLE_ADVICE}")
     if path.suffix != ".safetensors" and not path.name.endswith(".json"):
@@ -191,7 +203,7 @@ def _read_shards(index: Path) -> dict[str, Stored]:
     return stored
 
 
-def read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path, suffix: str = SAFE) -> dict[str, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -200,8 +212,8 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map from tensor to shard: restore the file")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or os.path.basename(shard) != shard:
-            raise CheckpointError(f"{path}: {name} is in {shard!r}, expected the name of a .safetensors file beside it")
+        if not isinstance(shard, str) or not shard.endswith(suffix) or os.path.basename(shard) != shard:
+            raise CheckpointError(f"{path}: {name} is in {shard!r}, expected the name of a {suffix} file beside it")
     return weight_map
 
 
@@ -219,6 +231,8 @@ def _hint(source: str) -> str:
 
 __all__ = [
     "CONFIG_NAME",
+    "PICKLED",
+    "SAFE",
     "STEM",
     "ConfigLike",
     "Source",

@@ -33,6 +33,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     read_header(path)  # as any reader will
 
 
+def write_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as ``torch.save`` does, for ``torch.load(..., weights_only=True)``; all of them are copied."""
+    with path.open("wb") as file:
+        torch.save({name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}, file)
+        _sync(file)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping, readable, with sorted keys."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -61,4 +68,4 @@ def _sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-__all__ = ["sync_directory", "write_json", "write_tensors", "write_text"]
+__all__ = ["sync_directory", "write_json", "write_pickled", "write_tensors", "write_text"]

@@ -30,6 +30,37 @@ from tests.weights.support import (
 CONFIG = small("5b", num_attention_heads=1, num_layers=1)
 
 
+@pytest.mark.parametrize("shard", ["10GB", "200KB"])
+@pytest.mark.parametrize("quantization", [None, "int8-weight-only"])
+def test_pickled_files_are_diffusers_and_take_the_place_of_others(shard, quantization, tmp_path):
+    source = upstream(small("5b"))
+    model = cogx_fast.load(source)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    if quantization is None:
+        model.save_pretrained(tmp_path, safe_serialization=False, save_function=torch.save, max_shard_size=shard)
+        assert_same_bits(from_upstream(tmp_path, use_safetensors=False).state_dict(), diffusers_view(model))
+    else:
+        model = cogx_fast.load(model, quant=quantization)
+        model.save_pretrained(tmp_path, safe_serialization=False, max_shard_size=shard)
+    read = {}
+    for path in tmp_path.glob("*.bin"):
+        read |= torch.load(path, weights_only=True)
+    assert {name: tensor.shape for name, tensor in read.items()} == {
+        name: tensor.shape for name, tensor in model.state_dict(layout="diffusers").items()
+    }
+    assert (
+        sum(path.stat().st_size for path in tmp_path.glob("*.bin"))
+        < 1.2 * sum(parameter.numel() for parameter in source.parameters()) * 4 + 1e6
+    ), "each tensor with the memory of all"
+    with pytest.raises(CheckpointError, match="never loaded"):
+        cogx_fast.load(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert_same_model(cogx_fast.load(tmp_path), model)
+
+
 def files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
@@ -142,8 +173,6 @@ class TestRefused:
             cogx_fast.load(upstream(CONFIG)).save_pretrained(directory, **options)
 
     def test_arguments(self, tmp_path):
-        self.refused("pickles", safe_serialization=False)
-        self.refused("pickles", save_function=torch.save)
         self.refused("upload_folder", push_to_hub=True)
         for size in ("ten", 0, "-1GB", "1 parsec", "0.1B"):
             self.refused("max_shard_size", max_shard_size=size)

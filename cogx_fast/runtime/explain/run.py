@@ -147,7 +147,7 @@ def fake_copy(model: CogVideoXModel) -> tuple[CogVideoXModel, Any]:
     else:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with FakeCopyMode(mode):
-            faked = copy.deepcopy(model, {id(model._recorder): None} if model._recorder else None)
+            faked = copy.deepcopy(model)
     uncompile_model(faked)
     faked._tables.clear()
     return faked, mode
