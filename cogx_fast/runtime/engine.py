@@ -66,7 +66,9 @@ class Engine:
         self._dynamic, self._strict, self._cuda_graphs = dynamic, strict, cuda_graphs
         self._call: Call | None = None
         self._earlier: list[Call] = []
-        tried = model.device.type != "cuda" and bool(_least_batch())
+        from torch._dynamo.decorators import mark_unbacked
+
+        tried = model.device.type != "cuda" and bool(_batch_bounds(mark_unbacked))
         self._is_one_apart = cuda_graphs or (_quantizes_activations(model) and not tried)
         self._cache_directory = cache_directory
         self._whole = compile(own(CogVideoXTransformer.forward)) if whole else None
@@ -162,7 +164,7 @@ class Engine:
             if tensor is None:
                 continue
             if batch and not self._is_one_apart:
-                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch", **_least_batch())
+                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch", **_batch_bounds(mark_unbacked))
             elif batch:
                 mark_dynamic(tensor, 0)
             if dims and getattr(tensor, "_dynamo_dynamic_indices", None) != {*dims}:
@@ -298,11 +300,14 @@ def _quantizes_activations(model: nn.Module) -> bool:
     return any(getattr(tensor, "act_quant_kwargs", missing) is not None for tensor in subclasses)
 
 
-def _least_batch() -> dict[str, int]:
-    """That a batch is 1 or more, in the words of ``mark_unbacked``; torch 2.11 has none for it."""
-    from torch._dynamo.decorators import mark_unbacked
+@functools.cache
+def _batch_bounds(mark_unbacked: Callable[..., None]) -> dict[str, int]:
+    """That a batch is 1 or more, and no more than cuDNN's attention takes, as arguments of torch's ``mark_unbacked``.
 
-    return {"min": 1} if "min" in inspect.signature(mark_unbacked).parameters else {}
+    Quantizing of activations asks the one, torch 2.13's choice between attention kernels the other; 2.11 cannot be
+    told either, and asks for neither but with quantized activations.
+    """
+    return {"min": 1, "max": 65535} if "min" in inspect.signature(mark_unbacked).parameters else {}
 
 
 def own(function: Callable[..., Any]) -> Callable[..., Any]:
