@@ -365,7 +365,7 @@ def _rows_at_once(inputs: int, device: torch.device, scheme: Scheme) -> int:
 
 
 def _can_dequantize(weight: Tensor) -> bool:
-    """Whether its class has the way back (int4 is packed for its kernel only); every tensor has torch's own, older one."""
+    """Whether its class has a way back of its own (int4 has none); every tensor has torch's, which is another."""
     return type(weight).dequantize is not Tensor.dequantize
 
 

@@ -299,7 +299,7 @@ def test_recipes_are_values():
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(1024, 3072), (1600, 1920), (16, 1 << 17)])
 def test_a_weight_is_parted_into_sizes_that_torchao_takes(monkeypatch, outputs, inputs):
-    """fp8-dynamic leaves a weight of other sizes as it was. As on a machine that has its hardware, which has no part."""
+    """fp8-dynamic leaves a weight of other sizes as it was. As on a machine with its hardware, which is not used."""
     from torchao.quantization import quant_api, quantize_
 
     monkeypatch.setattr(quant_api, "_check_hardware_support", lambda *_: None)
