@@ -25,7 +25,8 @@ Shape = tuple[int, int]
 
 _UNNAMED = "no rule of the recipe names it"
 _RECIPE = "_quant_recipe"
-_VALUES_AT_ONCE = 1 << 20
+_VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Of a weight, where its rows can be quantized apart: on a CPU memory is what counts, on a GPU launches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,13 +337,13 @@ def _quantize_weight(weight: Tensor, scheme: Scheme, measure: bool) -> tuple[Ten
     """
     config, signal, noise = torchao_config(scheme.name), 0.0, 0.0
     outputs, inputs = weight.shape
-    rows_at_once = max(1, _VALUES_AT_ONCE // inputs) if scheme.by_rows else outputs
+    rows_at_once = _rows_at_once(inputs, weight.device, scheme) if scheme.by_rows else outputs
     whole: dict[str, Tensor] = {}
     piece: Any = None
     for first in range(0, outputs, rows_at_once):
         rows = weight[first : first + rows_at_once]
         piece = _quantize_rows(rows, config)
-        if measure and hasattr(piece, "dequantize"):  # int4 is packed for its kernel only
+        if measure and _can_dequantize(piece):
             signal += rows.double().square().sum().item()
             noise += (rows.double() - piece.dequantize(torch.float32)).square().sum().item()
         for name, part in _parts(piece).items():
@@ -351,10 +352,21 @@ def _quantize_weight(weight: Tensor, scheme: Scheme, measure: bool) -> tuple[Ten
                 continue
             whole.setdefault(name, part.new_empty(outputs, *part.shape[1:]))[first : first + len(rows)] = part
     sqnr_db = None
-    if measure and hasattr(piece, "dequantize"):
+    if measure and _can_dequantize(piece):
         sqnr_db = 10 * math.log10(signal / noise) if noise else math.inf
     attributes = piece.__tensor_flatten__()[1]
     return type(piece).__tensor_unflatten__(whole, attributes, weight.shape, weight.stride()), sqnr_db
+
+
+def _rows_at_once(inputs: int, device: torch.device, scheme: Scheme) -> int:
+    """As many as the scheme takes together: torchao leaves a piece of other sizes as it was."""
+    values = _VALUES_AT_ONCE.get(device.type, _VALUES_AT_ONCE["cpu"])
+    return max(1, values // inputs // scheme.multiple) * scheme.multiple
+
+
+def _can_dequantize(weight: Tensor) -> bool:
+    """Whether its class has a way back of its own (int4 has none); every tensor has torch's, which is another."""
+    return type(weight).dequantize is not Tensor.dequantize
 
 
 def _quantize_rows(rows: Tensor, config: Any) -> Any:

@@ -18,6 +18,7 @@ import torch
 from benchmarks.codegen import resources
 from benchmarks.codegen.devices import Device
 from benchmarks.codegen.report import CodegenError
+from cogx_fast.runtime.candidates import candidates
 
 CONFIG = {
     "force_disable_caches": True,  # a cached graph is not lowered, so not counted
@@ -239,7 +240,12 @@ def compile_only(
         capture.sdpa_calls += sum(node.target in sdpa for node in graph.graph.nodes)
         return compile_fx(graph, inputs, inner_compile=inner)
 
-    with config.patch({**CONFIG, **(options or {})}), _counting_bytes(), _lowered_graphs(capture, examine):
+    with (
+        config.patch({**CONFIG, **(options or {})}),
+        candidates(torch.device("cuda"), options or {}),
+        _counting_bytes(),
+        _lowered_graphs(capture, examine),
+    ):
         torch.compile(module, backend=backend, fullgraph=True, dynamic=False)(*arguments)
     capture.inductor_bytes = metrics.num_bytes_accessed
     return capture

@@ -19,14 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 _HALF = (torch.float16, torch.bfloat16)
-_PINNED = (
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-)
-"""Fastest first on Hopper at head width 64 (FlashAttention-3's paper, arXiv:2407.08608, has cuDNN before version 2)."""
-
 _FLEX_OPTIONS = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3}
 """For head widths up to 64, where the template's default needs 255 registers and spills (benchmarks/NOTES.md)."""
 
@@ -108,8 +100,9 @@ def ready_backend(name: str, *, device: torch.device, dtype: torch.dtype, head_d
 
 
 def _sdpa(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
-    if q_BNSK.is_cuda:  # others have one kernel, and nothing to pin
-        return _pinned(*_PINNED)(q_BNSK, k_BNSK, v_BNSK, mask)
+    if q_BNSK.is_cuda and mask is not None and torch.is_grad_enabled():
+        # cuDNN's kernel can make NaN of the queries' gradient where there is a mask (pytorch/pytorch#196678)
+        return _without_cudnn(q_BNSK, k_BNSK, v_BNSK, mask)
     if q_BNSK.is_cpu and not torch.compiler.is_compiling():
         # Its kernel reads a head's keys and values again for every few queries: rows that lie together faster.
         q_BNSK, k_BNSK, v_BNSK = q_BNSK.contiguous(), k_BNSK.contiguous(), v_BNSK.contiguous()
@@ -192,6 +185,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_without_cudnn = _pinned(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 _FLASH = _pinned(SDPBackend.FLASH_ATTENTION)
 _CUDA = ("cuda",)
 
@@ -200,7 +194,7 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend(
             name="sdpa", run=_sdpa, masks=Tensor,
-            about="torch's scaled_dot_product_attention; on CUDA cuDNN's kernel, else flash, efficient, math",
+            about="torch's scaled_dot_product_attention, by the kernel that torch chooses",
         ),
         Backend(name="flex", run=_flex, masks=BlockMask, about="FlexAttention's generated kernel"),
         Backend(

@@ -74,7 +74,6 @@ def _is_weight_only(weight: Tensor) -> bool:
     """
     return (
         hasattr(weight, "qdata")
-        and hasattr(weight, "dequantize")
         and getattr(weight, "act_quant_kwargs", weight) is None
         and getattr(weight, "act_pre_scale", None) is None
     )

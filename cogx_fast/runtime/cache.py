@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import re
@@ -17,7 +18,7 @@ import secrets
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from cogx_fast.runtime.artifact import (
     read_artifact,
     write_artifact,
 )
+from cogx_fast.runtime.candidates import candidates
 
 if TYPE_CHECKING:
     from cogx_fast.runtime.compile import CompileConfig
@@ -50,21 +52,34 @@ class Recorder(torch._TorchCompileInductorWrapper):
 
     Args:
         config: how the model is compiled, a key of the bundle.
-        options: Inductor's.
+        options: Inductor's on a device: of the one that a graph is for, which may be another than the model was on
+            when this was made.
     """
 
     __name__ = "inductor"
 
-    def __init__(self, config: CompileConfig, options: Mapping[str, Any]) -> None:
-        super().__init__(None, dict(options), config.dynamic)
+    def __init__(self, config: CompileConfig, options: Callable[[torch.device], Mapping[str, Any]]) -> None:
+        super().__init__(None, dict(options(torch.device("cpu"))), config.dynamic)
         self.made_by = config
+        self._options = options
+        self.when_called: Callable[[], Any] | None = None
+        """Called once, before the first graph is compiled."""
+        self.has_timed = False
+        """Whether a graph was compiled whose kernels were timed, since this was last set to False."""
         self.artifacts: list[Any] = []
         self.libraries: set[Path] = set()
 
-    def __call__(self, *graph_and_inputs: Any, **options: Any) -> Any:
-        """Compile a graph."""
-        with self._recording():
-            return super().__call__(*graph_and_inputs, **options)
+    def __call__(self, model_: Any, inputs_: Any, **options: Any) -> Any:
+        """Compile a graph for the device that its inputs are on."""
+        device = next(each.device for each in inputs_ if isinstance(each, torch.Tensor))
+        when_called, self.when_called = self.when_called, None
+        if when_called is not None:
+            when_called()
+        self.config = {}
+        self.apply_options(dict(self._options(device)))
+        self.has_timed = self.has_timed or device.type != "cpu"
+        with self._recording(), candidates(device, self.config):
+            return super().__call__(model_, inputs_, **options)
 
     @contextlib.contextmanager
     def _recording(self) -> Iterator[None]:
@@ -116,14 +131,19 @@ def load_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str]) -> b
         path: what ``save_compile_cache`` wrote.
 
     Returns:
-        Whether it is used. If not (another version, device, configuration or way to compile; a damaged file), a warning
-        says why, and the model compiles as without it.
+        Whether it is used; True for one that was made on CUDA and a model that is not there yet: it is looked at again
+        before the first graph is compiled. If not (another version, device, configuration or way to compile; a damaged
+        file), a warning says why, and the model compiles as without it.
     """
     try:
         if not isinstance(model._recorder, Recorder):
             raise ArtifactError(f"{path}: the model is not compiled by Inductor")
         manifest, members = read_artifact(path, KIND)
-        wrong = list(differences(manifest, describe(model, model._recorder.made_by)))
+        expected = describe(model, model._recorder.made_by)
+        wrong = list(differences(manifest, expected))
+        if wrong and _is_for_later(manifest, expected):
+            model._recorder.when_called = functools.partial(load_compile_cache, model, path)
+            return True
         if wrong:
             raise ArtifactError(f"{path}: was made for something else ({'; '.join(wrong)})")
         strange = [name for name in members if name != _ARTIFACTS and not _LIBRARY.fullmatch(name)]
@@ -136,12 +156,20 @@ def load_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str]) -> b
     return True
 
 
+def _is_for_later(manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Whether the model may yet become what the bundle is for: moved to a GPU, where its attention is chosen anew."""
+    made_on = manifest.get("device")
+    is_elsewhere = isinstance(made_on, Mapping) and made_on.get("type") == "cuda" != expected["device"]["type"]
+    moved = {key: value for key, value in expected.items() if key not in ("device", "environment", "attention")}
+    return is_elsewhere and torch.cuda.is_available() and not any(differences(manifest, moved))
+
+
 def describe(model: CogVideoXModel, config: CompileConfig) -> dict[str, Any]:
     """What a bundle must have been made with to be of use."""
     weights = {f"{type(tensor.data).__name__} {tensor.dtype}" for tensor in model.transformer_blocks.parameters()}
     return {
         "versions": {**describe_versions(), "python": platform.python_version(), "triton": _triton_version()},
-        "device": describe_device(model.device),
+        "device": {**describe_device(model.device), "index": model.device.index},  # which generated code names
         "environment": sys.prefix if model.device.type == "cpu" else None,  # its C++ libraries are named after it
         "config": hash_config(model.config),
         "compile": {key: _plain(value) for key, value in dataclasses.asdict(config).items()},
@@ -193,7 +221,8 @@ def _libraries(module: types.ModuleType) -> set[Path]:
     """The C++ libraries whose kernels a generated module calls."""
     owners = {getattr(kernel, "__self__", None) for kernel in vars(module).values() if callable(kernel)}
     files = {getattr(owner, "__file__", None) for owner in owners if isinstance(owner, types.ModuleType)}
-    return {Path(file) for file in files if file and file.endswith(".so")}
+    made = (Path(file) for file in files if file)  # torch's own functions have owners, too
+    return {file for file in made if _LIBRARY.fullmatch(f"libraries/{file.parent.name}/{file.name}")}
 
 
 def _instruction_probes(device: torch.device) -> set[Path]:

@@ -19,8 +19,10 @@ from torch.nn.attention.flex_attention import BlockMask
 from cogx_fast.model.attention import attend
 from cogx_fast.model.backends import BACKENDS, ready_backend
 from cogx_fast.model.masks import full_block_mask
+from cogx_fast.runtime.candidates import drop_garbage
 
 _ROUNDS = 5
+_NO_MEMORY = "out of memory at that moment"
 _CANDIDATES = {
     "cuda": ("flex", "flex-flash", "sdpa-cudnn", "sdpa-flash", "fa3", "fa4"),
 }
@@ -64,9 +66,12 @@ def choose_attention(shape: Shape, dtype: torch.dtype, device: torch.device, *, 
     memory = Memory(cache_folder() / "attention.json")
     key = _key(shape, dtype, device, compiled, able)
     remembered = memory.get(key)
-    measured = remembered or {name: _measure(name, shape, dtype, device, compiled) for name in able}
+    measured = remembered or {}
+    for name in able if remembered is None else ():
+        measured[name] = _measure(name, shape, dtype, device, compiled)
+        drop_garbage(device)  # which the next would have no memory for
     times = {name: ms for name, ms in measured.items() if isinstance(ms, float)}
-    if remembered is None and times:
+    if remembered is None and times and _NO_MEMORY not in measured.values():  # another time there may be enough
         memory.put(key, measured)
     if not times:
         failures = "; ".join(f"{name}: {why}" for name, why in measured.items())
@@ -101,7 +106,7 @@ def _measure(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, 
         with torch.no_grad():
             return _median_ms(lambda: timed(q, k, v), device)
     except (RuntimeError, ValueError, ImportError) as error:  # RuntimeError: torch's, Inductor's, out of memory
-        return str(error).split("\n")[0][:200]
+        return _NO_MEMORY if "out of memory" in str(error) else str(error).split("\n")[0][:200]
     finally:
         if torch.nn.attention.current_flash_attention_impl() != before:
             torch.nn.attention.restore_flash_attention_impl()
@@ -140,8 +145,10 @@ class Memory:
     def get(self, key: str) -> dict[str, float | str] | None:
         """What was measured, or None; a damaged file counts as none."""
         answer = self._read().get(key)
-        is_sound = isinstance(answer, dict) and all(isinstance(ms, float | str) for ms in answer.values())
-        return answer if is_sound else None
+        if not isinstance(answer, dict) or not all(isinstance(ms, float | str) for ms in answer.values()):
+            return None
+        is_passing = any("out of memory" in str(ms) for ms in answer.values())  # which earlier versions kept
+        return None if is_passing else answer
 
     def put(self, key: str, measured: Mapping[str, float | str]) -> None:
         """Keep it, beside what other processes kept; warns where nothing can be written."""

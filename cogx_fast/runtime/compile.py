@@ -88,7 +88,7 @@ def compile_model(
     with directory.used():
         if config.backend == "inductor":
             int8 = any(map(is_int8_dynamic, model.modules()))
-            model._recorder = Recorder(config, _inductor_options(config, model.device, int8=int8))
+            model._recorder = Recorder(config, functools.partial(_inductor_options, config, int8=int8))
         compile = functools.partial(
             compiler,
             fullgraph=True,
@@ -102,7 +102,7 @@ def compile_model(
             nested=not config.unrolled,
             dynamic=config.dynamic,
             strict=config.strict,
-            cuda_graphs=config.cuda_graphs and model.device.type == "cuda",
+            cuda_graphs=config.cuda_graphs,
             cache_directory=directory,
         )
 
@@ -114,9 +114,8 @@ def uncompile_model(model: CogVideoXModel) -> None:
     model._compiled = model._recorder = model._compile_backend = model._compile_config = None
 
 
-INT8_OPTIONS: Mapping[str, Any] = {"max_autotune_gemm_backends": "TRITON", "epilogue_fusion_first": True}
-"""For int8 products on CUDA, where a mode times the candidates: Triton's, which scale the int32 sums before they store
-them; a library's writes them out, four bytes each, for another kernel to scale."""
+INT8_OPTIONS: Mapping[str, Any] = {"epilogue_fusion_first": True}
+"""Where int8 products on CUDA are timed (``candidates``): a product's scaling joins it before anything else does."""
 
 
 def _inductor_options(config: CompileConfig, device: torch.device, *, int8: bool = False) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cogx_fast.model.attention import Mask, Rotary
 from cogx_fast.model.masks import LayerBlocks, SparseBlocks
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.cachedir import CacheDirectory
+from cogx_fast.runtime.candidates import drop_garbage
 from cogx_fast.runtime.flags import Flags
 from cogx_fast.runtime.watch import Call, RecompileError, RecompileWarning, explain_recompile, show_progress
 
@@ -78,8 +79,7 @@ class Engine:
         self._dynamic, self._strict, self._cuda_graphs = dynamic, strict, cuda_graphs
         self._running = threading.local()
         self._earlier: list[Call] = []
-        tried = model.device.type != "cuda" and bool(_least_batch())
-        self._is_one_apart = cuda_graphs or (_quantizes_activations(model) and not tried)
+        self._quantizes_activations = _quantizes_activations(model)
         self._cache_directory = cache_directory
         self._whole = compile(own(CogVideoXTransformer.forward)) if whole else None
         kinds: dict[Any, Callable[..., Any]] = {}
@@ -128,7 +128,7 @@ class Engine:
             self._mark((latents_BFCHW,), 1, 3, 4)
             self._mark((text_BTE, position_1SD), 1)
             self._mark_tokens(rotary, mask)
-            if not self._cuda_graphs:
+            if not (self._cuda_graphs and latents_BFCHW.is_cuda):
                 return self._run(
                     self._whole, self._model, latents_BFCHW, text_BTE, timestep_B, ofs_B, rotary, position_1SD, mask
                 )
@@ -163,8 +163,8 @@ class Engine:
 
         An ordinary symbol is never 1: torch compiles sizes of 1 apart. So B is an unbacked one, which holds for 1 too
         (measured: benchmarks/NOTES.md) and of which torch must know that it is not 0: quantizing of activations asks.
-        CUDA graphs are not recorded with unbacked symbols; there B = 1 is apart. So it is with quantized activations on
-        CUDA, where products of unbacked sizes have not been tried, and in versions of torch that cannot be told.
+        CUDA graphs are not recorded with unbacked symbols; there B = 1 is apart. So it is with quantized activations in
+        versions of torch that cannot be told.
         """
         if not self._dynamic:
             return
@@ -173,12 +173,19 @@ class Engine:
         for tensor in tensors:
             if tensor is None:
                 continue
-            if batch and not self._is_one_apart:
-                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch", **_least_batch())
+            if batch and not self._is_one_apart(tensor.device):
+                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch", **_batch_bounds(mark_unbacked))
             elif batch:
                 mark_dynamic(tensor, 0)
             if dims and getattr(tensor, "_dynamo_dynamic_indices", None) != {*dims}:
                 mark_dynamic(tensor, list(dims))
+
+    def _is_one_apart(self, device: torch.device) -> bool:
+        from torch._dynamo.decorators import mark_unbacked
+
+        if self._cuda_graphs and device.type == "cuda":
+            return True
+        return self._quantizes_activations and not _batch_bounds(mark_unbacked)
 
     def _mark_tokens(self, rotary: Rotary | None, mask: Mask | LayerBlocks | SparseBlocks) -> None:
         self._mark(rotary or (), 0)
@@ -218,7 +225,7 @@ class Engine:
 
         run = functools.partial(self._cache_directory.retried, compiled, *arguments)
         with contextlib.suppress(TorchRecompileError):
-            return run()
+            return self._without_garbage(run())
         with _compiling:
             try:
                 return run()  # what this call needs may have been compiled by another thread meanwhile
@@ -227,7 +234,14 @@ class Engine:
             import torch._dynamo.config as dynamo
 
             with dynamo.patch(error_on_recompile=False):
-                return run()
+                return self._without_garbage(run())
+
+    def _without_garbage(self, output: Tensor) -> Tensor:
+        recorder = self._model._recorder
+        if recorder is not None and recorder.has_timed:
+            recorder.has_timed = False
+            drop_garbage(output.device)
+        return output
 
     def _tell(self, guards: str) -> None:
         what = "the model" if self._whole else "the block"
@@ -318,11 +332,14 @@ def _quantizes_activations(model: nn.Module) -> bool:
     return any(getattr(tensor, "act_quant_kwargs", missing) is not None for tensor in subclasses)
 
 
-def _least_batch() -> dict[str, int]:
-    """That a batch is 1 or more, in the words of ``mark_unbacked``; torch 2.11 has none for it."""
-    from torch._dynamo.decorators import mark_unbacked
+@functools.cache
+def _batch_bounds(mark_unbacked: Callable[..., None]) -> dict[str, int]:
+    """That a batch is 1 or more, and no more than cuDNN's attention takes, as arguments of torch's ``mark_unbacked``.
 
-    return {"min": 1} if "min" in inspect.signature(mark_unbacked).parameters else {}
+    Quantizing of activations asks the one, torch 2.13's choice between attention kernels the other; 2.11 cannot be
+    told either, and asks for neither but with quantized activations.
+    """
+    return {"min": 1, "max": 65535} if "min" in inspect.signature(mark_unbacked).parameters else {}
 
 
 def own(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -37,6 +37,7 @@ from cogx_fast.runtime.artifact import (
     read_artifact,
     write_artifact,
 )
+from cogx_fast.runtime.candidates import candidates
 from cogx_fast.runtime.leaves import OTHER_WEIGHTS, Weights, hash_block, leaves, named_weights, unflatten
 from cogx_fast.runtime.upstream import model_class
 
@@ -268,7 +269,7 @@ def _compile_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange, ta
     int8 = any(map(is_int8_dynamic, block.modules()))
     options = _inductor_options(CompileConfig(), model.device, int8=int8)
     program = export_block(model, block, sizes)
-    with torch.no_grad():
+    with torch.no_grad(), candidates(model.device, options):
         aoti_compile_and_package(
             program, package_path=str(target), inductor_configs={**options, "aot_inductor.embed_kernel_binary": True}
         )

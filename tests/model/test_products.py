@@ -243,6 +243,7 @@ def test_on_cuda_compiled_quantized_products_are_the_plain_ones(scheme: str, row
     """Compiled, with the product's own scaling where it is int8, beside torchao's formula in fp32."""
     from torchao.quantization import quantize_
 
+    from cogx_fast.runtime.candidates import candidates
     from cogx_fast.runtime.compile import INT8_OPTIONS
     from quant.schemes import torchao_config
 
@@ -260,6 +261,7 @@ def test_on_cuda_compiled_quantized_products_are_the_plain_ones(scheme: str, row
         exact = F.gelu(
             F.linear(x.float(), linear.weight.dequantize(torch.float32), linear.bias.float()), approximate="tanh"
         )
-        ours = run(x)
+        with candidates(x.device, options or {}):
+            ours = run(x)
     assert ours.isfinite().all()
     assert relative_error(ours, exact) <= (0.005 if scheme in WEIGHT_ONLY else 0.05)

@@ -16,6 +16,7 @@ from cogx_fast.runtime.module import CogVideoXModel
 from quant.apply import linears, remember
 from quant.recipe import parse_recipe
 from quant.schemes import SCHEMES, torchao_config
+from tests.quant.support import assert_same_weight
 from tests.support import RELEASED, inputs, relative_error, small, upstream
 
 RUNS_ANYWHERE = [name for name, scheme in SCHEMES.items() if scheme.requires.device is None]
@@ -294,3 +295,17 @@ def test_recipes_are_values():
     real = quant.load_recipe("int8-dynamic")
     with pytest.raises(dataclasses.FrozenInstanceError):
         real.name = "other"
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(1024, 3072), (1600, 1920), (16, 1 << 17)])
+def test_a_weight_is_parted_into_sizes_that_torchao_takes(monkeypatch, outputs, inputs):
+    """fp8-dynamic leaves a weight of other sizes as it was. As on a machine with its hardware, which is not used."""
+    from torchao.quantization import quant_api, quantize_
+
+    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda *_: None)
+    monkeypatch.setattr(type(SCHEMES["fp8-dynamic"].requires), "unmet", lambda *_: None)
+    ours, whole = (nn.Sequential(nn.Linear(inputs, outputs, dtype=torch.bfloat16)) for _ in range(2))
+    whole.load_state_dict(ours.state_dict())
+    quant.quantize(ours, every("fp8-dynamic"))
+    quantize_(whole, torchao_config("fp8-dynamic"), filter_fn=None)
+    assert_same_weight(ours[0].weight, whole[0].weight)

@@ -217,7 +217,7 @@ def test_only_what_belongs_to_the_model_is_noted() -> None:
     def noted(recorder: Recorder) -> list[str]:
         return [artifact.key for artifact in recorder.artifacts]
 
-    first, second = Recorder(CompileConfig(), {}), Recorder(CompileConfig(), {})
+    first, second = (Recorder(CompileConfig(), lambda device: {}) for _ in range(2))
     with Manager.with_fresh_cache():
         record("someone else's")
         with first._recording():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,53 @@ def test_where_nothing_runs_sdpa_is_left(candidates: list[str], monkeypatch: pyt
     assert (chosen.name, chosen.milliseconds) == ("sdpa", {})
     assert "no candidate ran (broken: no such kernel; broken2" in chosen.reason
     assert Memory(choice.cache_folder() / "attention.json")._read() == {}  # a passing failure is not for ever
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("E: out of memory")]
+)
+def test_a_lack_of_memory_is_not_for_ever(
+    candidates: list[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def starved(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        raise error
+
+    monkeypatch.setitem(BACKENDS, "broken", Backend(name="broken", run=starved, about=""))
+    assert "broken failed (out of memory at that moment)" in choose().reason
+    monkeypatch.setitem(BACKENDS, "broken", Backend(name="broken", run=quick, about=""))
+    again = choose()
+    assert again.reason.startswith("measured")
+    assert "broken" in again.milliseconds
+
+
+def test_a_lack_of_memory_that_was_kept_is_forgotten(candidates: list[str], folder: Path) -> None:
+    choose()
+    kept = json.loads((folder / "attention.json").read_text())
+    damaged = {key: {**answer, "broken": "CUDA out of memory. Tried"} for key, answer in kept.items()}
+    (folder / "attention.json").write_text(json.dumps(damaged))
+    assert choose().reason.startswith("measured")
+
+
+def test_a_candidate_leaves_nothing_to_the_next(candidates: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def leaking(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        cycle: list[Any] = [v]
+        cycle.append(cycle)
+        alive.append(weakref.ref(v))
+        return v
+
+    def looking(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        assert all(tensor() is None for tensor in alive)
+        return v
+
+    monkeypatch.setitem(BACKENDS, "slow", Backend(name="slow", run=leaking, about=""))
+    monkeypatch.setitem(BACKENDS, "quick", Backend(name="quick", run=looking, about=""))
+    gc.disable()
+    try:
+        choose()
+    finally:
+        gc.enable()
 
 
 def test_on_the_cpu_nothing_is_measured(folder: Path) -> None:

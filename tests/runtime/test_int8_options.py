@@ -58,12 +58,11 @@ def test_the_models_own_linears_decide(monkeypatch: pytest.MonkeyPatch, recipe: 
         compile, "_inductor_options", lambda config, device, *, int8: seen.append(int8) or real(config, device)
     )
     compile.compile_model(model, CompileConfig())
-    assert seen == [recipe == "int8-dynamic"]
+    assert set(seen) == {recipe == "int8-dynamic"}
 
 
 def test_options_of_the_caller_come_last() -> None:
-    options = {"max_autotune_gemm_backends": "ATEN,TRITON"}
-    assert _options("int8-dynamic", "cuda", options=options)["max_autotune_gemm_backends"] == "ATEN,TRITON"
+    assert not _options("int8-dynamic", "cuda", options={"epilogue_fusion_first": False})["epilogue_fusion_first"]
 
 
 def test_no_flag_is_global() -> None:

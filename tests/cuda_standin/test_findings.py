@@ -1,0 +1,187 @@
+"""What failed, or was other than said, when the package first met CUDA: on the stand-in device, a case for each."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+
+import cogx_fast
+import quant
+from benchmarks.standin import journal
+from cogx_fast.config import PRESETS
+from cogx_fast.runtime.compile import CompileConfig, compile_model
+from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.watch import watch_compilation
+from tests.cuda_standin.device import call, checkpoint, model
+from tests.support import inputs
+
+GIB = 1024**3
+
+
+def full_width(preset: str = "5b", *, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16) -> CogVideoXModel:
+    """A released model with one layer, its values unset."""
+    with torch.device("meta"):
+        made = CogVideoXModel(dataclasses.replace(PRESETS[preset], num_layers=1), attention=attention)
+    return made.to(dtype).to_empty(device="cuda").eval().requires_grad_(False)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cards("h100", "a100", "rtx4090", "b200")
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa-cudnn", "sdpa-flash"])
+def test_every_batch_is_one_graph(attention: str) -> None:
+    compiled = model(attention=attention, compile=CompileConfig(mode="default", strict=True))
+    with watch_compilation() as stats:
+        for batch in (2, 1, 4):
+            call(compiled, batch=batch)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+
+
+@pytest.mark.cards("h100", "a100")
+@pytest.mark.parametrize("compile", [False, CompileConfig(mode="default")], ids=["eager", "compiled"])
+def test_sdpa_takes_the_kernel_that_torch_takes(compile: Any) -> None:
+    found = call(model(compile=compile, attention="sdpa"))
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert bool(found.count("cudnn")) == is_hopper
+    assert bool(found.count("flash_fwd")) != is_hopper
+
+
+def test_masked_attention_is_trained_without_cudnn() -> None:
+    trained = model(attention="sdpa").train()
+    arguments = inputs(trained.config, dtype=trained.dtype, device="cuda")
+    journal.clear()
+    trained(**arguments, attention_kwargs={"attention_mask": torch.ones(2, 128, dtype=torch.bool, device="cuda")})
+    found = journal.read()
+    assert found.count("fmha_cutlassF") == trained.config.num_layers
+    assert not found.count("cudnn")
+
+
+# -- quantization ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "int8-dynamic", "int4-weight-only"])
+def test_weights_of_real_sizes_are_quantized_in_few_launches(recipe: str) -> None:
+    whole = full_width()
+    journal.clear()
+    report = quant.quantize(whole, recipe)
+    assert all(linear.bytes_after < linear.bytes_before for linear in report.linears if linear.scheme)
+    assert journal.launches() < 250  # in pieces of a million values: 2,240
+    quantized = [module for module in whole.modules() if isinstance(module, nn.Linear)]
+    assert sum(hasattr(linear.weight, "__tensor_flatten__") for linear in quantized) == 4
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """The library's and the generated candidates of each product that is compiled; the first is then taken untimed."""
+    from torch._inductor.kernel import mm
+    from torch._inductor.select_algorithm import ExternKernelCaller, autotune_select_algorithm
+
+    seen: list[tuple[str, int, int]] = []
+
+    def take_the_first(name: str, choices: list[Any], *arguments: Any, **options: Any) -> Any:
+        library = sum(isinstance(choice, ExternKernelCaller) for choice in choices)
+        seen.append((name, library, len(choices) - library))
+        return autotune_select_algorithm(name, choices[:1], *arguments, **options)
+
+    monkeypatch.setattr(mm, "autotune_select_algorithm", take_the_first)
+    return seen
+
+
+@pytest.mark.cards("h100", "rtx3060", "rtx4060", "t4")
+def test_int8_products_scale_their_sums_where_triton_can(timed: list[tuple[str, int, int]]) -> None:
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    compiled = model(quant="int8-dynamic", dtype=dtype, compile=True)
+    with watch_compilation() as stats:
+        for batch in (2, 1, 4):
+            found = call(compiled, batch=batch)
+    assert stats.graphs == 1
+    products = [(library, bool(generated)) for name, library, generated in timed if name == "int_mm"]
+    is_triton = torch.cuda.get_device_capability()[0] >= 8
+    assert products == [(0, True) if is_triton else (1, False)] * 4
+    assert found.count("triton_tem") == 4 * compiled.config.num_layers * is_triton
+
+
+def test_products_that_are_not_quantized_keep_the_librarys_kernel(timed: list[tuple[str, int, int]]) -> None:
+    call(model(quant="int8-mixed", compile=CompileConfig(scope="model", mode="max-autotune-no-cudagraphs")))
+    others = [library for name, library, _ in timed if name != "int_mm"]
+    assert others
+    assert all(others)
+
+
+@pytest.mark.cards("h100", "rtx4090")
+def test_fp8_products_are_timed_with_few_candidates_and_once(timed: list[tuple[str, int, int]]) -> None:
+    whole = full_width()
+    quant.quantize(whole, "fp8-dynamic")
+    compile_model(whole, CompileConfig())
+    sizes = {"frames": 1, "height": 32, "width": 48}
+    with watch_compilation() as stats:
+        for batch in (2, 1):
+            call(whole, batch=batch, **sizes)
+    assert stats.graphs == 1
+    products = [(library, generated) for name, library, generated in timed if name == "scaled_mm"]
+    assert len(products) == 4
+    assert all(library == 1 and 8 <= generated <= 32 for library, generated in products), products
+
+
+# -- what compiling made -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint, and the bundle of a model of it that was compiled on cuda:0."""
+    path = checkpoint(tmp_path / "model")
+    with fresh_cache():
+        made = load(path, "cuda")
+        call(made)
+        made.save_compile_cache(tmp_path / "m.bundle")
+    return path, tmp_path / "m.bundle"
+
+
+def load(path: Path, device: str, **options: Any) -> CogVideoXModel:
+    config = CompileConfig(mode="default")
+    return cogx_fast.load(path, device=device, dtype="bf16", attention="sdpa", compile=config, **options)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_bundle_starts_a_model_warm(bundle: tuple[Path, Path], moved: bool) -> None:
+    path, file = bundle
+    torch._dynamo.reset()
+    with fresh_cache():
+        warm = load(path, "cpu" if moved else "cuda", compile_cache=file)
+        counters.clear()
+        call(warm.to("cuda"))
+    assert (counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]) == (1, 0)
+
+
+def test_a_bundle_of_another_device_is_refused_with_words(bundle: tuple[Path, Path]) -> None:
+    path, file = bundle
+    with fresh_cache(), pytest.warns(UserWarning, match=r"device\.index: got 0, expected 1.*compiles anew"):
+        call(load(path, "cuda:1", compile_cache=file))
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_tried_is_freed_with_the_first_call() -> None:
+    options = {"test_configs.max_mm_configs": 2}
+    compiled = model(compile=CompileConfig(mode="max-autotune-no-cudagraphs", options=options))
+    gc.collect()
+    held = torch.cuda.memory_allocated()
+    gc.disable()
+    try:
+        call(compiled)
+        left = torch.cuda.memory_allocated() - held
+    finally:
+        gc.enable()
+    gc.collect()
+    assert left <= torch.cuda.memory_allocated() - held  # tables and workspaces, which stay
+    assert torch.cuda.memory_reserved() <= torch.cuda.memory_allocated() + 64 * 1024**2
