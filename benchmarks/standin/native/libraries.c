@@ -15,6 +15,9 @@ enum {
     DESCRIPTION_OF_EPILOGUE = 7, /* CUBLASLT_MATMUL_DESC_EPILOGUE */
     HEURISTIC_RESULT_BYTES = 96, /* sizeof(cublasLtMatmulHeuristicResult_t) */
     CUDNN_TYPE_INT64 = 3,
+    CUDNN_TYPE_INT32 = 23,
+    CUDNN_HEURISTIC_RESULTS = 202, /* CUDNN_ATTR_ENGINEHEUR_RESULTS */
+    CUDNN_CONFIGURED_ENGINE = 300, /* CUDNN_ATTR_ENGINECFG_ENGINE */
 };
 
 /* -- cuBLAS ----------------------------------------------------------------------------------------------------------*/
@@ -184,8 +187,13 @@ int cudnnBackendSetAttribute(void *descriptor, int name, int type, int64_t count
 int cudnnBackendFinalize(void *descriptor) { return SUCCESS; }
 
 int cudnnBackendGetAttribute(void *descriptor, int name, int type, int64_t wanted, int64_t *count, void *values) {
-    if (count != NULL) *count = 1;
-    if (type == CUDNN_TYPE_INT64 && wanted > 0 && values != NULL) *(int64_t *)values = 0; /* bytes of workspace */
+    bool is_number = type == CUDNN_TYPE_INT64 || type == CUDNN_TYPE_INT32;
+    bool is_result = name == CUDNN_HEURISTIC_RESULTS || name == CUDNN_CONFIGURED_ENGINE;
+    if (count != NULL) *count = is_number || is_result; /* no knobs, no notes on behaviour or numerics */
+    if (values == NULL || wanted < 1) return SUCCESS;
+    /* No workspace, no shared memory, engine 0. */
+    if (type == CUDNN_TYPE_INT64) *(int64_t *)values = 0;
+    if (type == CUDNN_TYPE_INT32) *(int32_t *)values = 0;
     return SUCCESS;
 }
 
