@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,17 +15,22 @@ import torch
 import cogx_fast
 from benchmarks.standin import journal
 from benchmarks.standin.journal import Journal
+from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.support import inputs, small
 
 GIB = 1024**3
-CALLS: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+EVERY_CARD = ("t4", "a100", "rtx3060", "rtx4060", "rtx4090", "h100", "b200")
+TENSOR_CARDS = EVERY_CARD[1:]
+"""With bf16 products and flash attention: compute capability 8.0 and more."""
+FAST = CompileConfig(mode="default")
+"""Compiled without timing candidates, which is most of the time that compiling takes."""
+BLOCK_PRODUCTS = 4
+"""Of a block: query, key and value; attention's output; the feed-forward's two."""
 
 
-def model(
-    preset: str = "5b", *, device: str = "cuda", dtype: torch.dtype | None = torch.bfloat16, **options: Any
-) -> CogVideoXModel:
-    """A small model as ``cogx_fast.load`` makes it from files: ``options`` are its own; two layers, for inference."""
+def model(preset: str = "5b", *, device: str = "cuda", dtype: Any = torch.bfloat16, **options: Any) -> CogVideoXModel:
+    """A small model as ``cogx_fast.load`` makes it from files, two layers, for inference; with ``load``'s options."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(Path(folder), preset)
         made = cogx_fast.load(folder, device=device, dtype=dtype, **{"attention": "sdpa", **options})
@@ -39,14 +45,38 @@ def checkpoint(folder: Path, preset: str = "5b", **changes: Any) -> Path:
 
 
 def call(model: CogVideoXModel, *, grad: bool = False, **options: Any) -> Journal:
-    """One call; what the device was asked for during it. ``options`` are ``tests.support.inputs``'s."""
+    """One call, and what it asked the device for; ``options`` are those of ``tests.support.inputs``."""
     arguments = inputs(model.config, **{"dtype": model.dtype, "device": str(model.device), **options})
     journal.clear()
     with torch.set_grad_enabled(grad):
         (sample,) = model(**arguments, return_dict=False)
-    assert sample.shape == (*arguments["hidden_states"].shape[:2], model.config.out_channels, *sample.shape[3:])
+    latents = arguments["hidden_states"]
+    assert sample.shape == (*latents.shape[:2], model.config.out_channels, *latents.shape[3:])
     assert sample.device == model.device
     return journal.read()
+
+
+def attention_kernels(journal: Journal) -> Counter[str]:
+    """How often each kind of attention kernel ran, or was recorded to run."""
+    kinds = {
+        "cudnn": "cudnnBackendExecute", "flash": "flash_fwd", "efficient": "fmha_cutlassF", "flex": "flex_attention",
+        "flash-backward": "flash_bwd_dq_dk_dv", "efficient-backward": "fmha_cutlassB",
+    }  # fmt: skip
+    counted = {kind: sum(word in line for line in journal.lines) for kind, word in kinds.items()}
+    counted["flex"] = sum("triton_tem" in line and "flex_attention" in line for line in journal.lines)
+    return Counter({kind: count for kind, count in counted.items() if count})
+
+
+def products(journal: Journal, *, width: int = 128) -> int:
+    """The blocks' products of cuBLASLt, by their size: ``width`` is the model's."""
+    sizes = {(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)}
+    found = 0
+    for line in [*journal.of("library"), *journal.of("library", captured=True)]:
+        words = line.split()
+        if words[0] == "cublasLtMatmul":
+            rows, depth = int(words[2]), int(words[6])
+            found += (rows, depth) in sizes
+    return found
 
 
 @contextmanager

@@ -134,7 +134,9 @@ cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) {
     return cudaSuccess;
 }
 
-cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags) { return standin_fail(cudaErrorPeerAccessUnsupported); }
+cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags) {
+    return standin_fail(cudaErrorPeerAccessUnsupported);
+}
 
 cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
     *least = 0;

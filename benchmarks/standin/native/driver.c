@@ -199,7 +199,8 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
 }
 
 CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute *attributes, void **values, CUdeviceptr pointer) {
-    for (unsigned i = 0; i < count; i++) cuPointerGetAttribute(values[i], attributes[i], pointer);
+    for (unsigned i = 0; i < count; i++)
+        cuPointerGetAttribute(values[i], attributes[i], pointer);
     return CUDA_SUCCESS;
 }
 

@@ -55,8 +55,10 @@ void standin_work(cudaStream_t stream, const char *format, ...) {
     vsnprintf(line + prefix, sizeof line - (size_t)prefix, format, arguments);
     va_end(arguments);
     append(line);
-    if (captured) standin_count_node();
-    else standin_count_launches(1);
+    if (captured)
+        standin_count_node();
+    else
+        standin_count_launches(1);
 }
 
 void standin_count_launches(long more) { __sync_fetch_and_add(&launches, more); }

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#define REGISTERS 64 /* of every kernel, since none is there to ask */
+#define REGISTERS 64            /* of every kernel, since none is there to ask */
 #define SLOTS ((size_t)1 << 19) /* torch 2.13 registers about 70 thousand kernels */
 
 typedef struct {
@@ -19,7 +19,8 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static Kernel *slot_of(const void *host) {
     size_t at = ((uintptr_t)host * 0x9E3779B97F4A7C15u) >> 45; /* 64 - 45 = 19 bits */
-    while (kernels[at].host != NULL && kernels[at].host != host) at = (at + 1) % SLOTS;
+    while (kernels[at].host != NULL && kernels[at].host != host)
+        at = (at + 1) % SLOTS;
     return &kernels[at];
 }
 
@@ -91,8 +92,8 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const v
 }
 
 cudaError_t cudaFuncSetAttribute(const void *host, enum cudaFuncAttribute attribute, int value) {
-    bool is_too_much = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize &&
-                       (size_t)value > standin_card()->shared_per_block;
+    bool is_too_much =
+        attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && (size_t)value > standin_card()->shared_per_block;
     return is_too_much ? standin_fail(cudaErrorInvalidValue) : cudaSuccess;
 }
 
@@ -129,8 +130,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, 
                                              unsigned long long flags, enum cudaDriverEntryPointQueryResult *found) {
     CUdriverProcAddressQueryResult status;
     cuGetProcAddress(name, function, (int)version, flags, &status);
-    if (found != NULL)
-        *found = *function != NULL ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+    if (found != NULL) *found = *function != NULL ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
     return *function != NULL ? cudaSuccess : standin_fail(cudaErrorNotSupported);
 }
 

@@ -51,20 +51,17 @@ int cublasGetPointerMode_v2(Handle *handle, int *mode) {
     return SUCCESS;
 }
 
-int cublasGemmEx(Handle *handle, int a_op, int b_op, int m, int n, int k,
-                            const void *alpha, const void *a, int a_type, int a_ld, const void *b,
-                            int b_type, int b_ld, const void *beta, void *c, int c_type, int c_ld,
-                            int compute, int algorithm) {
+int cublasGemmEx(Handle *handle, int a_op, int b_op, int m, int n, int k, const void *alpha, const void *a, int a_type,
+                 int a_ld, const void *b, int b_type, int b_ld, const void *beta, void *c, int c_type, int c_ld,
+                 int compute, int algorithm) {
     standin_work(handle->stream, "library cublasGemmEx m %d n %d k %d type %d", m, n, k, a_type);
     return SUCCESS;
 }
 
-int cublasGemmStridedBatchedEx(Handle *handle, int a_op, int b_op, int m,
-                                          int n, int k, const void *alpha, const void *a, int a_type, int a_ld,
-                                          long long a_stride, const void *b, int b_type, int b_ld,
-                                          long long b_stride, const void *beta, void *c, int c_type, int c_ld,
-                                          long long c_stride, int batch, int compute,
-                                          int algorithm) {
+int cublasGemmStridedBatchedEx(Handle *handle, int a_op, int b_op, int m, int n, int k, const void *alpha,
+                               const void *a, int a_type, int a_ld, long long a_stride, const void *b, int b_type,
+                               int b_ld, long long b_stride, const void *beta, void *c, int c_type, int c_ld,
+                               long long c_stride, int batch, int compute, int algorithm) {
     standin_work(handle->stream, "library cublasGemmStridedBatchedEx m %d n %d k %d type %d batch %d", m, n, k, a_type,
                  batch);
     return SUCCESS;
@@ -85,8 +82,7 @@ typedef struct {
 
 size_t cublasLtGetVersion(void) { return LT_VERSION; }
 
-int cublasLtMatmulDescCreate(Product **description, int compute,
-                                        int scale) {
+int cublasLtMatmulDescCreate(Product **description, int compute, int scale) {
     Product *made = calloc(1, sizeof *made);
     if (made == NULL) return ALLOCATION_FAILED;
     made->epilogue = EPILOGUE_DEFAULT;
@@ -94,9 +90,7 @@ int cublasLtMatmulDescCreate(Product **description, int compute,
     return SUCCESS;
 }
 
-int cublasLtMatmulDescSetAttribute(Product *description,
-                                              int attribute, const void *value,
-                                              size_t bytes) {
+int cublasLtMatmulDescSetAttribute(Product *description, int attribute, const void *value, size_t bytes) {
     if (attribute == DESCRIPTION_OF_EPILOGUE) description->epilogue = *(const int32_t *)value;
     return SUCCESS;
 }
@@ -106,8 +100,7 @@ int cublasLtMatmulDescDestroy(Product *description) {
     return SUCCESS;
 }
 
-int cublasLtMatrixLayoutCreate(Layout **layout, int type, uint64_t rows,
-                                          uint64_t columns, int64_t leading) {
+int cublasLtMatrixLayoutCreate(Layout **layout, int type, uint64_t rows, uint64_t columns, int64_t leading) {
     Layout *made = calloc(1, sizeof *made);
     if (made == NULL) return ALLOCATION_FAILED;
     *made = (Layout){type, rows, columns};
@@ -130,22 +123,17 @@ int cublasLtMatmulPreferenceDestroy(void *preference) {
     return SUCCESS;
 }
 
-int cublasLtMatmulAlgoGetHeuristic(void *handle, Product *description,
-                                              Layout *a, Layout *b,
-                                              Layout *c, Layout *d,
-                                              void *preference, int wanted,
-                                              void *results, int *found) {
+int cublasLtMatmulAlgoGetHeuristic(void *handle, Product *description, Layout *a, Layout *b, Layout *c, Layout *d,
+                                   void *preference, int wanted, void *results, int *found) {
     memset(results, 0, HEURISTIC_RESULT_BYTES); /* one algorithm, without workspace, for everything */
     *found = 1;
     return SUCCESS;
 }
 
-int cublasLtMatmul(void *handle, Product *description, const void *alpha,
-                              const void *a, Layout *a_layout, const void *b,
-                              Layout *b_layout, const void *beta, const void *c,
-                              Layout *c_layout, void *d, Layout *d_layout,
-                              const void *algorithm, void *workspace, size_t workspace_bytes,
-                              cudaStream_t stream) {
+int cublasLtMatmul(void *handle, Product *description, const void *alpha, const void *a, Layout *a_layout,
+                   const void *b, Layout *b_layout, const void *beta, const void *c, Layout *c_layout, void *d,
+                   Layout *d_layout, const void *algorithm, void *workspace, size_t workspace_bytes,
+                   cudaStream_t stream) {
     const Layout *out = d_layout, *left = a_layout;
     uint64_t depth = out->rows ? left->rows * left->columns / out->rows : 0;
     standin_work(stream, "library cublasLtMatmul m %lu n %lu k %lu type %d epilogue %d", out->rows, out->columns, depth,
