@@ -15,6 +15,7 @@ from benchmarks.standin.build import StandinError, build, environment
 from benchmarks.standin.cards import get_card
 
 ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "out" / "standin"
 DEVICES = 2
 """Of each card, so that there is a cuda:1."""
 CARDS = ("h100", "rtx4090", "a100", "rtx3060", "t4", "b200", "rtx4060")
@@ -39,10 +40,12 @@ def run_card(card: str, folder: Path, arguments: list[str]) -> int:
             "HF_HUB_OFFLINE": "1",
         }
         command = [sys.executable, "-m", "pytest", "tests/cuda_standin", "-q", "--show-capture=no", *arguments]
-        done = subprocess.run(
-            command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-    print(f"== {card}, {time.monotonic() - start:.0f} s\n{done.stdout}", flush=True)
+        log = OUT / f"{card}.log"  # to look at while it runs
+        with log.open("w") as output:
+            done = subprocess.run(
+                command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, check=False
+            )
+    print(f"== {card}, {time.monotonic() - start:.0f} s\n{log.read_text()}", flush=True)
     return 0 if done.returncode == _NO_TESTS else done.returncode
 
 
@@ -52,7 +55,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     options, rest = parser.parse_known_args(arguments)
     try:
-        folder = build(ROOT / "out" / "standin")
+        folder = build(OUT)
     except StandinError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

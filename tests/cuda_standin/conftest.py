@@ -38,9 +38,6 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where `auto` remembers what it measured
     torch.cuda.init()
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
     for device in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(device)
     torch._dynamo.utils.counters.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,17 @@ BLOCK_PRODUCTS = 4
 """Of a block: query, key and value; attention's output; the feed-forward's two."""
 
 
-def model(preset: str = "5b", *, device: str = "cuda", dtype: Any = torch.bfloat16, **options: Any) -> CogVideoXModel:
+def model(
+    preset: str = "5b",
+    *,
+    device: str = "cuda",
+    dtype: Any = torch.bfloat16,
+    sizes: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> CogVideoXModel:
     """A small model as ``cogx_fast.load`` makes it from files, two layers, for inference; with ``load``'s options."""
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint(Path(folder), preset)
+        checkpoint(Path(folder), preset, **(sizes or {}))
         made = cogx_fast.load(folder, device=device, dtype=dtype, **{"attention": "sdpa", **options})
     return made.requires_grad_(False)
 
@@ -70,13 +77,10 @@ def attention_kernels(journal: Journal) -> Counter[str]:
 def products(journal: Journal, *, width: int = 128) -> int:
     """The blocks' products of cuBLASLt, by their size: ``width`` is the model's."""
     sizes = {(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)}
-    found = 0
-    for line in [*journal.of("library"), *journal.of("library", captured=True)]:
-        words = line.split()
-        if words[0] == "cublasLtMatmul":
-            rows, depth = int(words[2]), int(words[6])
-            found += (rows, depth) in sizes
-    return found
+    lines = [*journal.of("library"), *journal.of("library", captured=True)]
+    shapes = [tuple(map(int, line.split()[2:7:2])) for line in lines if line.startswith("cublasLtMatmul")]
+    tokens = {columns for rows, columns, _ in shapes if rows == 3 * width}  # the patch projection has fewer
+    return sum((rows, depth) in sizes and columns in tokens for rows, columns, depth in shapes)
 
 
 @contextmanager
