@@ -11,33 +11,36 @@ import torch
 import cogx_fast
 from benchmarks.standin import journal
 from cogx_fast.runtime.watch import watch_compilation
-from tests.cuda_standin.device import FAST, GIB, attention_kernels
 from tests import pipes
+from tests.cuda_standin.device import FAST, GIB, attention_kernels
 from tests.pipes import FRAMES, HEIGHT, KINDS, WIDTH, make_pipe
 
 LAYERS, STEPS = 2, 2
 
 
 def pipeline(kind: str = "CogVideoXPipeline", preset: str = "5b") -> Any:
-    """A small pipeline in bf16, with parts of its own, since hooks stay on them.
-
-    Its scheduler keeps the timesteps on the CPU: it reads them back, and computes with them on the device.
-    """
+    """A small pipeline in bf16, with parts of its own, since hooks stay on them."""
     pipes._frozen_parts.cache_clear()
-    pipe = make_pipe(kind, preset).to(torch.bfloat16)
+    return with_timesteps_on_the_cpu(make_pipe(kind, preset).to(torch.bfloat16))
+
+
+def with_timesteps_on_the_cpu(pipe: Any) -> Any:
+    """The same: its scheduler computes with timesteps and reads them back, which the stand-in device cannot give."""
     set_timesteps = pipe.scheduler.set_timesteps
     pipe.scheduler.set_timesteps = lambda *args, device=None, **options: set_timesteps(*args, device="cpu", **options)
+    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def generate(pipe: Any, **options: Any) -> journal.Journal:
-    """Two steps to latents, with what they asked the device for."""
-    arguments = {
-        "prompt": "a panda", "height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "num_inference_steps": STEPS,
-        "guidance_scale": 6.0, "max_sequence_length": 8, "output_type": "latent",
-    }  # fmt: skip
+def generate(pipe: Any) -> journal.Journal:
+    """Two steps to latents, with what they asked the device for; the text is encoded before."""
+    wanted, unwanted = pipe.encode_prompt("a panda", max_sequence_length=8)
     journal.clear()
-    latents = pipe(generator=torch.Generator().manual_seed(0), **(arguments | options)).frames
+    latents = pipe(
+        prompt_embeds=wanted, negative_prompt_embeds=unwanted, height=HEIGHT, width=WIDTH, num_frames=FRAMES,
+        num_inference_steps=STEPS, guidance_scale=6.0, max_sequence_length=8, output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).frames  # fmt: skip
     assert latents.device.type == "cuda"
     return journal.read()
 
@@ -128,12 +131,16 @@ def test_a_loaded_pipeline_with_a_device_map(tmp_path):
     from diffusers import CogVideoXPipeline
 
     pipeline().save_pretrained(tmp_path)
-    pipe = CogVideoXPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, device_map="cuda")
+    pipe = with_timesteps_on_the_cpu(
+        CogVideoXPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, device_map="cuda")
+    )
     cogx_fast.accelerate(pipe, compile=FAST)
     generate(pipe)
     assert sum(attention_kernels(generate(pipe)).values()) == STEPS * LAYERS
     with torch.no_grad():
         model = cogx_fast.load(tmp_path, device="cuda", compile=FAST)
-    pipe = CogVideoXPipeline.from_pretrained(tmp_path, transformer=model, torch_dtype=torch.bfloat16).to("cuda")
+    pipe = with_timesteps_on_the_cpu(
+        CogVideoXPipeline.from_pretrained(tmp_path, transformer=model, torch_dtype=torch.bfloat16).to("cuda")
+    )
     generate(pipe)
     assert sum(attention_kernels(generate(pipe)).values()) == STEPS * LAYERS
