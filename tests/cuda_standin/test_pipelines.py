@@ -12,10 +12,10 @@ import cogx_fast
 from benchmarks.standin import journal
 from cogx_fast.runtime.watch import watch_compilation
 from tests import pipes
-from tests.cuda_standin.device import FAST, GIB, attention_kernels
+from tests.cuda_standin.device import FAST, attention_kernels
 from tests.pipes import FRAMES, HEIGHT, KINDS, WIDTH, make_pipe
 
-LAYERS, STEPS = 2, 2
+LAYERS, STEPS, MIB = 2, 2, 1024**2
 
 
 def pipeline(kind: str = "CogVideoXPipeline", preset: str = "5b") -> Any:
@@ -105,8 +105,9 @@ def test_model_offload_leaves_the_device_empty_between_calls():
     cogx_fast.accelerate(pipe, attention="sdpa")
     generate(pipe)
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     assert pipe.transformer.device.type == "cpu"
-    assert torch.cuda.memory_allocated() < 0.01 * GIB
+    assert torch.cuda.memory_allocated() < MIB
 
 
 @pytest.mark.cards("h100")
