@@ -72,15 +72,15 @@ def environment(folder: Path, card: Card, devices: int = 1) -> dict[str, str]:
         **card.environment(devices),
         "LD_PRELOAD": str(folder / LIBRARY),
         "LD_LIBRARY_PATH": os.pathsep.join(searched),
+        "CPATH": os.pathsep.join(map(str, _includes())),  # as where a toolkit is installed: AOTInductor's C++ takes it
+        "LIBRARY_PATH": str(folder),
         "TRITON_LIBCUDA_PATH": str(folder),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # in the process itself: what is asked of the device is in one journal
     }
 
 
 def _compile(folder: Path, torch_lib: Path) -> None:
-    triton, nvidia = _package("triton"), _package("nvidia")
-    includes = [nvidia / "cu13" / "include", triton / "backends" / "nvidia" / "include"]
-    flags = [*_FLAGS, *(f"-I{path}" for path in includes)]
+    flags = [*_FLAGS, *(f"-I{path}" for path in _includes())]
     objects = []
     for source in sorted(NATIVE.glob("*.c")):
         objects.append(folder / f"{source.stem}.o")
@@ -102,6 +102,11 @@ def _remaining(objects: list[Path], torch_lib: Path) -> str:
         note = f'standin_work(0, "library {name}"); ' if _COMPUTES.fullmatch(name) else ""
         lines.append(f"int {name}(void) {{ {note}return 0; }}")
     return "\n".join([*lines, ""])
+
+
+def _includes() -> list[Path]:
+    """The toolkit's headers, as far as wheels bring them: CUDA's own, and those among Triton's that these include."""
+    return [_package("nvidia") / "cu13" / "include", _package("triton") / "backends" / "nvidia" / "include"]
 
 
 def _package(name: str) -> Path:

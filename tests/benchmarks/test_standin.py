@@ -34,6 +34,7 @@ def test_cards_are_those_that_are_described_and_more():
 
 
 def test_a_process_gets_the_library_before_the_real_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.standin.build._package", lambda name: tmp_path / name)
     monkeypatch.setenv("LD_LIBRARY_PATH", "/elsewhere")
     variables = environment(tmp_path, get_card("t4"), 2)
     assert variables["LD_PRELOAD"] == str(tmp_path / "libcuda.so.1")
