@@ -8,13 +8,13 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type perf-check perf-accept bench-gpu bench-compare gpu-wheels train-tiny clean
+.PHONY: help setup demo test test-cuda-standin lint type perf-check perf-accept bench-gpu bench-compare gpu-wheels train-tiny clean
 .DELETE_ON_ERROR:
 
 help: ## Show this help
 	@echo "cogx-fast: a fast CogVideoX video transformer for PyTorch"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "The first target that needs it sets up $(VENV) with $(PYTHON). Variables: PYTHON, ARGS."
 
@@ -27,6 +27,15 @@ demo: $(STAMP) ## Make a video with the tiny pipeline, beside diffusers
 # Two processes, which share the tests out by file. What -m chooses is timed or needs the whole GPU: one after another.
 test: $(STAMP) ## Run the tests (those marked gpu or slow: ARGS="-m gpu", ARGS="-m slow")
 	@$(BIN)/python -m pytest $(if $(filter -m,$(ARGS)),,-n 2 --dist loadfile --no-loadscope-reorder) $(ARGS)
+
+# The CUDA build of torch (about 4 GB) from the package index, whatever pip is configured to prefer on this machine. Another
+# torch: TORCH=2.11.0. An environment that is there already: STANDIN_VENV=/path.
+TORCH ?= 2.13.0
+STANDIN_VENV ?= .venv-cuda-$(TORCH)
+STANDIN_STAMP := $(if $(filter file,$(origin STANDIN_VENV)),$(STANDIN_VENV)/.installed)
+
+test-cuda-standin: $(STANDIN_STAMP) ## Run the tests that need a CUDA device on a stand-in (TORCH, STANDIN_VENV)
+	@$(STANDIN_VENV)/bin/python -m tests.cuda_standin $(ARGS)
 
 lint: $(STAMP) ## Check style, format and types
 	@$(BIN)/ruff check .
@@ -59,6 +68,17 @@ train-tiny: $(STAMP) ## Train the tiny model from nothing, on a GPU or two cores
 clean: ## Remove caches and build output (.venv stays)
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks .coverage htmlcov
 	@find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# All of constraints.txt but torch and what each torch has a version of its own of.
+$(STANDIN_VENV)/.installed: pyproject.toml constraints.txt
+	@"$(PYTHON)" -m venv $(STANDIN_VENV)
+	@echo "Installing the CUDA build of torch $(TORCH) into $(STANDIN_VENV): about 4 GB"
+	@grep -vE '^(torch|triton|setuptools)=' constraints.txt > $(STANDIN_VENV)/constraints.txt
+	@export PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= PIP_EXTRA_INDEX_URL= PIP_NO_INDEX= PIP_DISABLE_PIP_VERSION_CHECK=1; \
+	  $(STANDIN_VENV)/bin/python -m pip install --quiet "torch==$(TORCH)" && \
+	  $(STANDIN_VENV)/bin/python -m pip install --quiet --constraint $(STANDIN_VENV)/constraints.txt "torch==$(TORCH)" ".[all,dev]" && \
+	  $(STANDIN_VENV)/bin/python -m pip uninstall --quiet --yes cogx-fast
+	@touch $@
 
 # hatchling and editables come first, so that the build needs no environment of its own.
 $(STAMP): pyproject.toml constraints.txt

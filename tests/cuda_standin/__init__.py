@@ -1,0 +1,26 @@
+"""What README promises of a GPU, on the stand-in device (``benchmarks.standin``): what ran, not that nothing raised.
+
+Each case asserts launches, library calls, CUDA graphs, graphs and recompiles, or peaks. Not every pair of card and
+feature is run; what is:
+
+| | T4 7.5 | A100 8.0 | 3060 8.6 | 4060, 4090 8.9 | H100 9.0 | B200 10.0 |
+|---|---|---|---|---|---|---|
+| load and call, eager (16 bits, fp32) | fp16 | ✓ | ✓ | ✓ | ✓ all variants | ✓ |
+| `compile=True`, all defaults (timed candidates), batches 2, 1, 4 | fp16 | ✓ | ✓ | ✓ | ✓ | ✓ |
+| scopes × modes without CUDA graphs | | | ✓ | | ✓ | |
+| `reduce-overhead`, `max-autotune` | | ✓ | | | ✓ and moves, batches | |
+| attention by name, eager | refused | ✓ | | 4090 | ✓ | ✓ |
+| attention by name, compiled | | flex | flex | 4090 flex | ✓ | flex |
+| `attention="auto"` | ✓ | ✓ | at 5b's size | ✓ | ✓ compiled too | ✓ |
+| sparse plans, both scopes | | | | 4090 | ✓ | |
+| recipes, compiled | fp8 refused | int8, int4 | int8 | int8 | all, both scopes, CUDA graphs | |
+| fp8 products, eager | | | | 4090 | ✓ | ✓ |
+| 24 sizes; training; two devices, two models | | | | | ✓ | |
+| pipelines: orders of `accelerate`, devices, offload | | | | | ✓ | |
+| bundles, packages | | | | 4090 packages | ✓ | |
+| peak memory beside diffusers' | | | | | ✓ | |
+| released weights that fit, or are out of memory | 16 GB | | 12 GB | 8, 24 GB | 80 GB | |
+
+``test_findings.py`` has the faults that were found there, each on the card that shows it. The same with torch 2.11:
+``make test-cuda-standin TORCH=2.11.0``.
+"""

@@ -1,0 +1,70 @@
+"""``python -m tests.cuda_standin``: the tests on the stand-in device, a pytest process for each card, two at a time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks.standin.build import StandinError, build, environment
+from benchmarks.standin.cards import get_card
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "out" / "standin"
+DEVICES = 2
+"""Of each card, so that there is a cuda:1."""
+CARDS = ("h100", "rtx4090", "a100", "rtx3060", "t4", "b200", "rtx4060")
+"""Those with the most tests first."""
+
+_NO_TESTS = 5
+"""pytest's exit status where -k leaves a card none."""
+
+
+def run_card(card: str, folder: Path, arguments: list[str]) -> int:
+    """pytest on one card; its output is printed when it is done."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="standin-") as caches:
+        variables = {
+            **os.environ,
+            **environment(folder, get_card(card), DEVICES),
+            "STANDIN_CARD": card,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
+            "TRITON_CACHE_DIR": f"{caches}/triton",
+            "HF_HUB_OFFLINE": "1",
+        }
+        command = [sys.executable, "-m", "pytest", "tests/cuda_standin", "-q", "--show-capture=no", *arguments]
+        log = OUT / f"{card}.log"  # to look at while it runs
+        with log.open("w") as output:
+            done = subprocess.run(
+                command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, check=False
+            )
+    print(f"== {card}, {time.monotonic() - start:.0f} s\n{log.read_text()}", flush=True)
+    return 0 if done.returncode == _NO_TESTS else done.returncode
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.cuda_standin", description=__doc__)
+    parser.add_argument("--card", action="append", help=f"one of {', '.join(CARDS)}; again for another; all without")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        folder = build(OUT)
+    except StandinError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    with ThreadPoolExecutor(options.jobs) as pool:
+        statuses = list(pool.map(lambda card: run_card(card, folder, rest), options.card or CARDS))
+    failed = [card for card, status in zip(options.card or CARDS, statuses, strict=True) if status]
+    print(f"failed on {', '.join(failed)}" if failed else "every card passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,48 @@
+"""These tests run on the stand-in device (benchmarks/standin), a process for each card; elsewhere none is collected.
+
+``make test-cuda-standin`` runs them all; ``python -m tests.cuda_standin --card rtx4090 -k offload`` some.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.standin import journal
+
+if not journal.is_loaded():
+    collect_ignore_glob = ["test_*.py"]
+
+CARD = os.environ.get("STANDIN_CARD", "h100")
+"""The short name of the card that this process has."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests of other cards to their processes: a test without the mark ``cards`` is the H100's."""
+    here, elsewhere = [], []
+    for item in items:
+        mark = item.get_closest_marker("cards")
+        (here if CARD in (mark.args if mark else ("h100",)) else elsewhere).append(item)
+    items[:] = here
+    config.hook.pytest_deselected(items=elsewhere)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test starts with nothing compiled, allocated, remembered or noted."""
+    import torch
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where `auto` remembers what it measured
+    torch.cuda.init()
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(device)
+    torch._dynamo.utils.counters.clear()
+    journal.clear()
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()

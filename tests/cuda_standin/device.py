@@ -1,0 +1,94 @@
+"""What the cases share: models on the stand-in device, and what a call of them made it do."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cogx_fast
+from benchmarks.standin import journal
+from benchmarks.standin.journal import Journal
+from cogx_fast.runtime.compile import CompileConfig
+from cogx_fast.runtime.module import CogVideoXModel
+from tests.support import inputs, small
+
+GIB = 1024**3
+EVERY_CARD = ("t4", "a100", "rtx3060", "rtx4060", "rtx4090", "h100", "b200")
+TENSOR_CARDS = EVERY_CARD[1:]
+"""With bf16 products and flash attention: compute capability 8.0 and more."""
+FAST = CompileConfig(mode="default")
+"""Compiled without timing candidates, which is most of the time that compiling takes."""
+BLOCK_PRODUCTS = 4
+"""Of a block: query, key and value; attention's output; the feed-forward's two."""
+
+
+def model(
+    preset: str = "5b",
+    *,
+    device: str = "cuda",
+    dtype: Any = torch.bfloat16,
+    sizes: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> CogVideoXModel:
+    """A small model as ``cogx_fast.load`` makes it from files, two layers, for inference; with ``load``'s options."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint(Path(folder), preset, **(sizes or {}))
+        made = cogx_fast.load(folder, device=device, dtype=dtype, **{"attention": "sdpa", **options})
+    return made.requires_grad_(False)
+
+
+def checkpoint(folder: Path, preset: str = "5b", **changes: Any) -> Path:
+    """A small model's files."""
+    torch.manual_seed(0)
+    CogVideoXModel(small(preset, **changes)).save_pretrained(folder)
+    return folder
+
+
+def call(model: CogVideoXModel, *, grad: bool = False, **options: Any) -> Journal:
+    """One call, and what it asked the device for; ``options`` are those of ``tests.support.inputs``."""
+    arguments = inputs(model.config, **{"dtype": model.dtype, "device": str(model.device), **options})
+    journal.clear()
+    with torch.set_grad_enabled(grad):
+        (sample,) = model(**arguments, return_dict=False)
+    latents = arguments["hidden_states"]
+    assert sample.shape == (*latents.shape[:2], model.config.out_channels, *latents.shape[3:])
+    assert sample.device == model.device
+    return journal.read()
+
+
+def attention_kernels(journal: Journal) -> Counter[str]:
+    """How often each kind of attention kernel ran, or was recorded to run."""
+    kinds = {
+        "cudnn": "cudnnBackendExecute", "flash": "flash_fwd", "efficient": "fmha_cutlassF", "flex": "flex_attention",
+        "flash-backward": "flash_bwd_dq_dk_dv", "efficient-backward": "fmha_cutlassB",
+    }  # fmt: skip
+    counted = {kind: sum(word in line for line in journal.lines) for kind, word in kinds.items()}
+    counted["flex"] = sum("triton_tem" in line and "flex_attention" in line for line in journal.lines)
+    return Counter({kind: count for kind, count in counted.items() if count})
+
+
+def products(journal: Journal, *, width: int = 128) -> int:
+    """The blocks' products of cuBLASLt, by their size: ``width`` is the model's."""
+    sizes = {(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)}
+    lines = [*journal.of("library"), *journal.of("library", captured=True)]
+    shapes = [tuple(map(int, line.split()[2:7:2])) for line in lines if line.startswith("cublasLtMatmul")]
+    tokens = {columns for rows, columns, _ in shapes if rows == 3 * width}  # the patch projection has fewer
+    return sum((rows, depth) in sizes and columns in tokens for rows, columns, depth in shapes)
+
+
+@contextmanager
+def peak_bytes(device: int = 0) -> Iterator[list[int]]:
+    """Torch's own count of the bytes above what is held at the start: the list gets it at the end."""
+    gc.collect()
+    held = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    peak: list[int] = []
+    yield peak
+    peak.append(torch.cuda.max_memory_allocated(device) - held)

@@ -1,0 +1,129 @@
+"""Every attention backend that can be had: the kernel that it names is the one that runs, eager and compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cogx_fast
+from cogx_fast.runtime.compile import CompileConfig
+from cogx_fast.runtime.plan import choose_plan
+from cogx_fast.runtime.watch import watch_compilation
+from tests.cuda_standin.device import FAST, attention_kernels, call, model
+
+LAYERS = 2
+KERNELS = {"sdpa-cudnn": "cudnn", "sdpa-flash": "flash", "sdpa-efficient": "efficient"}
+
+
+@pytest.mark.cards("a100", "rtx4090", "h100", "b200")
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_pinned_backend_runs_its_kernel(backend):
+    assert attention_kernels(call(model("5b", attention=backend))) == {KERNELS[backend]: LAYERS}
+
+
+@pytest.mark.cards("h100")
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_pinned_backend_runs_its_kernel_compiled(backend):
+    compiled = model("5b", attention=backend, compile=FAST)
+    with watch_compilation() as stats:
+        calls = [call(compiled, batch=batch) for batch in (2, 1, 4)]
+    assert (stats.graphs, stats.recompiles) == (1, 0)
+    assert all(attention_kernels(done) == {KERNELS[backend]: LAYERS} for done in calls)
+
+
+@pytest.mark.cards("h100")
+def test_the_math_backend_makes_two_products_a_layer():
+    done = call(model("5b", attention="sdpa-math"))
+    assert not attention_kernels(done)
+    assert (
+        sum(
+            "gemmStridedBatched" in line.split()[0] or "GemmStridedBatched" in line.split()[0]
+            for line in done.of("library")
+        )
+        == 2 * LAYERS
+    )
+
+
+@pytest.mark.cards("a100", "rtx3060", "rtx4090", "h100", "b200")
+def test_flex_runs_its_generated_kernel_within_the_card_s_shared_memory():
+    compiled = model("5b", attention="flex", compile=FAST)
+    with watch_compilation() as stats:
+        calls = [call(compiled, batch=batch) for batch in (2, 1, 4)]
+    assert (stats.graphs, stats.recompiles) == (1, 0)
+    assert all(attention_kernels(done) == {"flex": LAYERS} for done in calls)
+
+
+@pytest.mark.cards("t4")
+@pytest.mark.parametrize("backend", ["sdpa-flash", "sdpa-cudnn"])
+def test_turing_refuses_what_it_has_no_kernel_for(backend):
+    with pytest.raises(ValueError, match=r"compute capability 8\.x .* has 7\.x.*Here run .*sdpa-efficient"):
+        model("2b", dtype=torch.float16, attention=backend)
+
+
+@pytest.mark.cards("rtx4090", "h100")
+@pytest.mark.parametrize("backend", ["flex-flash", "fa3", "fa4", "sage"])
+def test_a_backend_whose_package_is_missing_says_how_to_get_it(backend):
+    with pytest.raises(ValueError, match=rf"{backend}.*(needs the package|compute capability)"):
+        model("5b", attention=backend)
+
+
+@pytest.mark.cards("rtx4090", "h100")
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_a_sparse_plan_runs_in_flex_and_switching_it_on_compiles_nothing(scope):
+    compiled = model(
+        "5b", attention_plan="radial", attention="flex", compile=CompileConfig(scope=scope, mode="default")
+    )
+    assert compiled.attention_plan.name == choose_plan("radial", compiled.config).name
+    with watch_compilation() as stats:
+        calls = [call(compiled, batch=batch) for batch in (2, 1, 4)]
+    assert (stats.breaks, stats.recompiles) == (0, 0)
+    assert all(attention_kernels(done) == {"flex": LAYERS} for done in calls)
+
+
+@pytest.mark.cards("a100", "rtx4090", "h100", "b200")
+def test_auto_times_the_exact_kernels_once_and_remembers(tmp_path):
+    first = model("5b", attention="auto")
+    assert first.attention_choice.reason.startswith("measured")
+    assert set(first.attention_choice.milliseconds) == {"sdpa-cudnn", "sdpa-flash"}
+    done = call(first)
+    assert attention_kernels(done) == {KERNELS[first.attention_choice.name]: LAYERS}
+    again = model("5b", attention="auto")
+    assert again.attention_choice.reason.startswith("remembered")
+    assert again.attention_choice.name == first.attention_choice.name
+
+
+@pytest.mark.cards("rtx4090", "h100")
+def test_auto_compiled_tries_flex_too():
+    chosen = model("5b", attention="auto", compile=FAST)
+    assert set(chosen.attention_choice.milliseconds) == {"flex", "sdpa-cudnn", "sdpa-flash"}
+    assert sum(attention_kernels(call(chosen)).values()) == LAYERS
+
+
+@pytest.mark.cards("t4")
+def test_auto_on_turing_takes_what_runs_there():
+    chosen = model("2b", dtype=torch.float16, attention="auto", compile=FAST)
+    assert sum(attention_kernels(call(chosen)).values()) == LAYERS
+
+
+@pytest.mark.cards("rtx4060", "rtx3060")
+def test_auto_at_a_models_own_size_leaves_nothing_in_a_small_cards_memory():
+    import gc
+
+    from cogx_fast.config import PRESETS
+    from cogx_fast.costs import count_tokens, default_video
+    from cogx_fast.runtime.choice import choose_attention
+
+    config = PRESETS["5b"]
+    shape = (2, count_tokens(config, default_video(config)).joint, config.num_attention_heads, 64)
+    held = torch.cuda.memory_allocated()
+    choice = choose_attention(shape, torch.bfloat16, torch.device("cuda"), compiled=False)
+    assert set(choice.milliseconds) == {"sdpa-cudnn", "sdpa-flash"}, choice.reason
+    gc.collect()
+    assert torch.cuda.memory_allocated() == held
+
+
+@pytest.mark.cards("h100")
+def test_a_model_of_its_own_package_is_loaded_to_the_device_it_is_asked_for():
+    made = model("5b", device="cuda:1")
+    assert {tensor.device for tensor in made.state_dict().values()} == {torch.device("cuda:1")}
+    assert cogx_fast.load(made).device == torch.device("cuda:1")

@@ -1,0 +1,81 @@
+"""The main job on every card: load, call; load compiled, with all defaults, call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cogx_fast.runtime.watch import watch_compilation
+from tests.cuda_standin.device import (
+    BLOCK_PRODUCTS,
+    EVERY_CARD,
+    FAST,
+    TENSOR_CARDS,
+    attention_kernels,
+    call,
+    model,
+    products,
+)
+
+LAYERS = 2
+
+
+@pytest.mark.cards(*TENSOR_CARDS)
+def test_an_eager_model_runs_flash_or_cudnn_attention_and_fuses_gelu_into_the_product():
+    done = call(model("5b"))
+    assert sum(attention_kernels(done)[kind] for kind in ("cudnn", "flash")) == LAYERS
+    assert products(done) == LAYERS * BLOCK_PRODUCTS
+    gelu_and_bias = "epilogue 36"
+    assert sum(gelu_and_bias in line for line in done.of("library")) == LAYERS
+    assert not done.triton
+
+
+@pytest.mark.cards("t4")
+def test_turing_runs_the_memory_efficient_kernel():
+    done = call(model("2b", dtype=torch.float16))
+    assert attention_kernels(done) == {"efficient": LAYERS}
+
+
+@pytest.mark.cards(*TENSOR_CARDS)
+def test_compiled_by_default_every_batch_shares_one_graph():
+    compiled = model("5b", compile=True)
+    with watch_compilation() as stats:
+        first = call(compiled, batch=2)
+        others = [call(compiled, batch=batch) for batch in (2, 1, 4)]
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    for done in others:
+        assert sum(attention_kernels(done)[kind] for kind in ("cudnn", "flash")) == LAYERS
+        assert set(done.triton) == set(others[0].triton)
+        assert set(done.triton.values()) == {LAYERS}, "each kernel of the block once for each layer"
+    assert len(first.lines) > len(others[0].lines), "the first call timed the candidates"
+
+
+@pytest.mark.cards("t4")
+def test_turing_compiles_fp16():
+    compiled = model("2b", dtype=torch.float16, compile=True)
+    with watch_compilation() as stats:
+        call(compiled)
+        done = call(compiled, batch=4)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert attention_kernels(done) == {"efficient": LAYERS}
+    assert set(done.triton.values()) == {LAYERS}
+
+
+@pytest.mark.parametrize("preset", ["2b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
+@pytest.mark.cards("h100")
+def test_the_other_variants_run_eager_and_compiled(preset):
+    eager = call(model(preset))
+    compiled_model = model(preset, compile=FAST)
+    with watch_compilation() as stats:
+        call(compiled_model)
+        compiled = call(compiled_model, batch=1)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert attention_kernels(eager) == attention_kernels(compiled)
+    assert products(eager) == products(compiled) == LAYERS * BLOCK_PRODUCTS
+    assert set(compiled.triton.values()) == {LAYERS}
+
+
+@pytest.mark.cards(*EVERY_CARD)
+def test_float32_runs(request):
+    done = call(model("5b", dtype=torch.float32))
+    assert attention_kernels(done) == {"efficient": LAYERS}

@@ -1,0 +1,113 @@
+"""Peak memory at full size by torch's own allocator, beside diffusers' same call in the same process; out of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.standin import journal
+from cogx_fast.bench import call_arguments
+from cogx_fast.config import PRESETS, TransformerConfig
+from cogx_fast.costs import count_tokens, default_video
+from cogx_fast.runtime.compile import compile_model
+from cogx_fast.runtime.module import CogVideoXModel
+from tests.cuda_standin.device import FAST, GIB, attention_kernels, peak_bytes
+
+LAYERS = 2
+"""Activations of a step do not grow with the layers, so few show the peak."""
+
+
+def ours(config: TransformerConfig) -> CogVideoXModel:
+    with torch.device("meta"):
+        model = CogVideoXModel(config, attention="sdpa-flash")
+    return model.to(torch.bfloat16).to_empty(device="cuda").eval().requires_grad_(False)
+
+
+def theirs(config: TransformerConfig) -> Any:
+    from diffusers import CogVideoXTransformer3DModel
+
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel(**config)
+    return model.to(torch.bfloat16).to_empty(device="cuda").eval().requires_grad_(False)
+
+
+def arguments(config: TransformerConfig) -> dict[str, Any]:
+    """Of a guided step at the model's own size, as a pipeline makes them."""
+    tokens = count_tokens(config, default_video(config))
+    return call_arguments(config, tokens, 2, torch.bfloat16, torch.device("cuda"))
+
+
+def step_peak(model: Any, given: dict[str, Any]) -> int:
+    """Bytes of a second call above weights and inputs."""
+    with torch.no_grad():
+        model(**given, return_dict=False)
+        with peak_bytes() as peak:
+            model(**given, return_dict=False)
+    return peak[0]
+
+
+@pytest.mark.cards("h100")
+@pytest.mark.parametrize("preset", ["2b", "5b", "1.5-5b"])
+def test_an_eager_step_needs_no_more_than_diffusers(preset):
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        config = dataclasses.replace(PRESETS[preset], num_layers=LAYERS)
+        given = arguments(config)
+        peak = step_peak(ours(config), given)
+        gc.collect()
+        their_peak = step_peak(theirs(config), given)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert peak <= 1.01 * their_peak, f"{peak / GIB:.2f} GiB, diffusers {their_peak / GIB:.2f}"
+
+
+@pytest.mark.cards("h100")
+def test_a_compiled_step_of_5b_needs_no_more_than_diffusers_compiled():
+    config = dataclasses.replace(PRESETS["5b"], num_layers=LAYERS)
+    given = arguments(config)
+    model = ours(config)
+    compile_model(model, FAST)
+    peak = step_peak(model, given)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        their_peak = step_peak(torch.compile(theirs(config)), given)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert peak <= 1.02 * their_peak, f"{peak / GIB:.2f} GiB, diffusers {their_peak / GIB:.2f}"
+
+
+CARD_GIB = {"rtx4060": 8, "rtx3060": 12, "t4": 16, "rtx4090": 24, "h100": 79}
+
+
+@pytest.mark.cards(*CARD_GIB)
+def test_the_released_weights_fit_or_are_out_of_memory_in_torchs_own_words():
+    weights = {"2b": 3.2, "5b": 10.4}  # GiB in 16 bits
+    for preset, size in weights.items():
+        room = CARD_GIB[os.environ["STANDIN_CARD"]]
+        if size + 0.5 < room:
+            model = ours(PRESETS[preset])
+            assert abs(torch.cuda.memory_allocated() / GIB - size) < 0.4
+            del model
+        else:
+            with pytest.raises(torch.OutOfMemoryError, match=rf"GPU 0 has a total capacity of {room}"):
+                ours(PRESETS[preset])
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.cards("rtx4090", "h100")
+def test_5b_at_its_own_size_steps_within_24_gib():
+    model = ours(PRESETS["5b"])
+    given = arguments(PRESETS["5b"])
+    with torch.no_grad(), peak_bytes() as peak:
+        model(**given, return_dict=False)
+    assert attention_kernels(journal.read()) == {"flash": PRESETS["5b"].num_layers}
+    assert peak[0] < 4 * GIB

@@ -1,0 +1,147 @@
+"""diffusers' pipelines in every order of ``accelerate``, devices and offload: what ran where, and what stayed there."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+
+import cogx_fast
+from benchmarks.standin import journal
+from cogx_fast.runtime.watch import watch_compilation
+from tests import pipes
+from tests.cuda_standin.device import FAST, attention_kernels
+from tests.pipes import FRAMES, HEIGHT, KINDS, WIDTH, make_pipe
+
+LAYERS, STEPS, MIB = 2, 2, 1024**2
+
+
+def pipeline(kind: str = "CogVideoXPipeline", preset: str = "5b") -> Any:
+    """A small pipeline in bf16, with parts of its own, since hooks stay on them."""
+    pipes._frozen_parts.cache_clear()
+    return with_timesteps_on_the_cpu(make_pipe(kind, preset).to(torch.bfloat16))
+
+
+def with_timesteps_on_the_cpu(pipe: Any) -> Any:
+    """The same: its scheduler computes with timesteps and reads them back, which the stand-in device cannot give."""
+    set_timesteps = pipe.scheduler.set_timesteps
+    pipe.scheduler.set_timesteps = lambda *args, device=None, **options: set_timesteps(*args, device="cpu", **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe: Any) -> journal.Journal:
+    """Two steps to latents, with what they asked the device for; the text is encoded before."""
+    wanted, unwanted = pipe.encode_prompt("a panda", max_sequence_length=8)
+    journal.clear()
+    latents = pipe(
+        prompt_embeds=wanted, negative_prompt_embeds=unwanted, height=HEIGHT, width=WIDTH, num_frames=FRAMES,
+        num_inference_steps=STEPS, guidance_scale=6.0, max_sequence_length=8, output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).frames  # fmt: skip
+    assert latents.device.type == "cuda"
+    return journal.read()
+
+
+def model_offload(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload()
+
+
+def sequential_offload(pipe: Any) -> None:
+    pipe.enable_sequential_cpu_offload()
+
+
+def group_offload(pipe: Any) -> None:
+    from diffusers.hooks import apply_group_offloading
+
+    pipe.to("cuda")
+    apply_group_offloading(
+        pipe.transformer, onload_device=torch.device("cuda"), offload_device=torch.device("cpu"),
+        offload_type="block_level", num_blocks_per_group=1,
+    )  # fmt: skip
+
+
+def to_device(pipe: Any) -> None:
+    pipe.to("cuda")
+
+
+ORDERS = {"to": to_device, "model": model_offload, "sequential": sequential_offload, "group": group_offload}
+EAGER = [(order, False) for order in ORDERS]
+
+
+@pytest.mark.cards("h100")
+@pytest.mark.parametrize(("order", "compile"), [*EAGER[:3], ("to", FAST), ("model", FAST)])
+def test_placed_before_accelerate(order, compile):
+    pipe = pipeline()
+    ORDERS[order](pipe)
+    cogx_fast.accelerate(pipe, attention="sdpa-flash" if order == "to" else "sdpa", compile=compile)
+    with watch_compilation() as stats:
+        generate(pipe)
+        done = generate(pipe)
+    assert sum(attention_kernels(done).values()) == STEPS * LAYERS
+    assert stats.recompiles == 0
+    assert bool(done.triton) is bool(compile)
+
+
+@pytest.mark.cards("h100")
+@pytest.mark.parametrize(("order", "compile"), [*EAGER, ("to", FAST), ("model", FAST), ("group", FAST)])
+def test_placed_after_accelerate(order, compile):
+    pipe = cogx_fast.accelerate(pipeline(), compile=compile)
+    ORDERS[order](pipe)
+    with watch_compilation() as stats:
+        generate(pipe)
+        done = generate(pipe)
+    assert sum(attention_kernels(done).values()) == STEPS * LAYERS, "the kernel was chosen for the CPU"
+    assert stats.recompiles == 0
+    assert bool(done.triton) is bool(compile)
+
+
+@pytest.mark.cards("h100")
+def test_model_offload_leaves_the_device_empty_between_calls():
+    pipe = pipeline()
+    pipe.enable_model_cpu_offload()
+    cogx_fast.accelerate(pipe, attention="sdpa")
+    generate(pipe)
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    assert pipe.transformer.device.type == "cpu"
+    assert torch.cuda.memory_allocated() < MIB
+
+
+@pytest.mark.cards("h100")
+def test_a_pipeline_on_the_second_device():
+    pipe = cogx_fast.accelerate(pipeline().to("cuda:1"), compile=FAST)
+    generate(pipe)
+    assert generate(pipe).devices == {1}
+
+
+@pytest.mark.cards("h100")
+@pytest.mark.parametrize(("kind", "preset"), [(kind, presets[0]) for kind, presets in KINDS.items()])
+def test_every_pipeline_generates_a_video(kind, preset, monkeypatch):
+    pipe = cogx_fast.accelerate(pipeline(kind, preset).to("cuda"), compile=FAST)
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # its convolutions are not stood in for
+    journal.clear()
+    pipes.generate(pipe)
+    assert sum(attention_kernels(journal.read()).values()) >= LAYERS
+
+
+@pytest.mark.cards("h100")
+def test_a_loaded_pipeline_with_a_device_map(tmp_path):
+    from diffusers import CogVideoXPipeline
+
+    pipeline().save_pretrained(tmp_path)
+    pipe = with_timesteps_on_the_cpu(
+        CogVideoXPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16, device_map="cuda")
+    )
+    cogx_fast.accelerate(pipe, compile=FAST)
+    generate(pipe)
+    assert sum(attention_kernels(generate(pipe)).values()) == STEPS * LAYERS
+    with torch.no_grad():
+        model = cogx_fast.load(tmp_path, device="cuda", compile=FAST)
+    pipe = with_timesteps_on_the_cpu(
+        CogVideoXPipeline.from_pretrained(tmp_path, transformer=model, torch_dtype=torch.bfloat16).to("cuda")
+    )
+    generate(pipe)
+    assert sum(attention_kernels(generate(pipe)).values()) == STEPS * LAYERS
