@@ -28,8 +28,8 @@ demo: $(STAMP) ## Make a video with the tiny pipeline, beside diffusers
 test: $(STAMP) ## Run the tests (those marked gpu or slow: ARGS="-m gpu", ARGS="-m slow")
 	@$(BIN)/python -m pytest $(if $(filter -m,$(ARGS)),,-n 2 --dist loadfile --no-loadscope-reorder) $(ARGS)
 
-# The CUDA build of torch (about 4 GB) from the package index, whatever pip is configured to prefer on this machine. Another
-# torch: TORCH=2.11.0. An environment that is there already: STANDIN_VENV=/path.
+# The CUDA build of torch (about 4 GB) from the package index, whatever pip is configured to prefer on this machine.
+# Another torch: TORCH=2.11.0. An environment that is there already: STANDIN_VENV=/path.
 TORCH ?= 2.13.0
 STANDIN_VENV ?= .venv-cuda-$(TORCH)
 STANDIN_STAMP := $(if $(filter file,$(origin STANDIN_VENV)),$(STANDIN_VENV)/.installed)
@@ -69,13 +69,14 @@ clean: ## Remove caches and build output (.venv stays)
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks .coverage htmlcov
 	@find . -path ./$(VENV) -prune -o -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
-# All of constraints.txt but torch and what each torch has a version of its own of.
+# nvidia-cuda-cccl has the one header that packages need and torch does not bring. Of constraints.txt all but torch and what
+# each torch has a version of its own of.
 $(STANDIN_VENV)/.installed: pyproject.toml constraints.txt
 	@"$(PYTHON)" -m venv $(STANDIN_VENV)
 	@echo "Installing the CUDA build of torch $(TORCH) into $(STANDIN_VENV): about 4 GB"
 	@grep -vE '^(torch|triton|setuptools)=' constraints.txt > $(STANDIN_VENV)/constraints.txt
 	@export PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= PIP_EXTRA_INDEX_URL= PIP_NO_INDEX= PIP_DISABLE_PIP_VERSION_CHECK=1; \
-	  $(STANDIN_VENV)/bin/python -m pip install --quiet "torch==$(TORCH)" && \
+	  $(STANDIN_VENV)/bin/python -m pip install --quiet "torch==$(TORCH)" "nvidia-cuda-cccl>=13.0,<13.1" && \
 	  $(STANDIN_VENV)/bin/python -m pip install --quiet --constraint $(STANDIN_VENV)/constraints.txt "torch==$(TORCH)" ".[all,dev]" && \
 	  $(STANDIN_VENV)/bin/python -m pip uninstall --quiet --yes cogx-fast
 	@touch $@
