@@ -13,7 +13,9 @@ from torch import nn
 from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.costs import count_tokens, default_video
 from cogx_fast.model.backends import get_backend
+from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.choice import choose_attention
+from cogx_fast.runtime.source import check_source
 from cogx_fast.runtime.upstream import model_class
 from cogx_fast.weights.checkpoint import load_checkpoint
 from cogx_fast.weights.errors import CheckpointError
@@ -57,7 +59,8 @@ def load(
     Args:
         source: a diffusers pipeline's directory or its ``transformer`` folder; a ``.safetensors`` file or the index of
             several; a hub id; "tiny", the trained pipeline that comes with the package; or a live model, diffusers' or
-            ours, whose weights are shared (``weights.live.adopt``).
+            ours, whose weights are shared (``weights.live.adopt``). Adapters on it must be merged; anything else that
+            is attached to it (hooks, patches, processors) is refused by name (``runtime.source``).
         config: for files without a ``config.json`` beside them, or in its place: a configuration, a mapping, a path, or
             the name of a released model ("5b").
         dtype: of all weights, a ``torch.dtype`` or its name ("bf16", "fp16", "fp32"); None keeps them as stored.
@@ -69,7 +72,7 @@ def load(
             and flex with a plan.
             ``model.attention_choice`` says why.
         attention_plan: sparse attention (approximate): a file of `cogx-fast plan`, "radial", "tiles" or an
-            ``AttentionPlan``. None is dense.
+            ``AttentionPlan``. None is dense, or the plan of a live model of ours.
         compile: compile the model, with the default ``CompileConfig`` or a given one.
         compile_cache: start warm from this file, which ``model.save_compile_cache`` wrote: its code is run, so take it
             only from where you trust code. One that does not fit is not used, with a warning that says why.
@@ -90,6 +93,7 @@ def load(
     Raises:
         CheckpointError: (a ValueError) damaged or foreign weights, or a dtype or device that is not there.
         CheckpointNotFoundError: (also a FileNotFoundError) nothing there, or a file that belongs to it is missing.
+        AttachedError: (a ValueError) a live model with something attached to it that would be lost.
         ConfigError: (a ValueError) a configuration that is no CogVideoX transformer's.
         PlanError: (a ValueError) an attention plan that is none, or another model's.
         ValueError: an attention backend that is not known or cannot run here; the message says what to do.
@@ -97,6 +101,8 @@ def load(
     """
     if compile_cache is not None and not compile:
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
+    if attention_plan is None:
+        attention_plan = getattr(source, "attention_plan", None)
     model = load_weights(
         source,
         model_class(),
@@ -168,7 +174,12 @@ def load_weights(
     home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
     prepare = None if quant is None else partial(_prepare, recipe=quant, device=home)
     if isinstance(source, nn.Module):
-        model = adopt(source, build, dtype=wanted, device=place, check_finite=check_finite, prepare=prepare)
+        model = adopt(
+            source, build, dtype=wanted, device=place, check_finite=check_finite, prepare=prepare, check=check_source
+        )
+        if getattr(source, "gradient_checkpointing", False):
+            run: Any = source._gradient_checkpointing_func
+            model.enable_gradient_checkpointing(None if is_from(run, "diffusers") else run)
     else:
         found = resolve(tiny_pipeline_dir() if source == "tiny" else source, config=config, **files)
         model = load_checkpoint(found, build, dtype=wanted, device=home, check_finite=check_finite, prepare=prepare)

@@ -238,4 +238,11 @@ BACKENDS: dict[str, Backend] = {
 }  # fmt: skip
 """Every backend by its exact name."""
 
-__all__ = ["BACKENDS", "Backend", "get_backend", "ready_backend"]
+UPSTREAM_NAMES = {
+    "native": "sdpa", "_native_cudnn": "sdpa-cudnn", "_native_flash": "sdpa-flash", "flash": "sdpa-flash",
+    "_native_efficient": "sdpa-efficient", "_native_math": "sdpa-math", "flex": "flex", "_flash_3": "fa3",
+    "sage": "sage",
+}  # fmt: skip
+"""diffusers' names (``AttentionBackendName``) for the same kernels; ``flash`` is FlashAttention 2."""
+
+__all__ = ["BACKENDS", "UPSTREAM_NAMES", "Backend", "get_backend", "ready_backend"]

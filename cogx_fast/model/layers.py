@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogx_fast.config import TransformerConfig
+from cogx_fast.model.part import Part
 from cogx_fast.model.products import project
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Part):
     """Text and video as one stream of tokens, text first.
 
     A patch is a linear map of its (C, p_t, p, p) latent values for every version: upstream's convolution of CogVideoX
@@ -75,7 +76,7 @@ def timestep_frequencies(timestep_B: Tensor, dim: int, flip_sin_to_cos: bool, fr
     return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
 
 
-class TimestepEmbedding(nn.Module):
+class TimestepEmbedding(Part):
     """Timestep (or ofs) to a vector: frequencies, linear, activation, linear."""
 
     def __init__(self, config: TransformerConfig, frequencies: int, dim: int) -> None:
@@ -97,7 +98,7 @@ _TIMESTEP_ACTIVATIONS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
-class Modulation(nn.Module):
+class Modulation(Part):
     """Shift, scale and gate of every block in one product.
 
     Upstream has a linear in each norm (``norm1.linear``, ``norm2.linear``); all read the same vector, so ours is their
@@ -143,7 +144,7 @@ class Modulate(NamedTuple):
         )
 
 
-class ModulatedNorm(nn.Module):
+class ModulatedNorm(Part):
     """LayerNorm over D, then ``· (1 + scale) + shift``."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -154,7 +155,7 @@ class ModulatedNorm(nn.Module):
         return torch.addcmul(modulate.shift, self.norm(x_BSD), modulate.scale_plus_1)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Part):
     """Linear, activation, linear. ``net`` holds diffusers' members under diffusers' indices."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -169,7 +170,7 @@ class FeedForward(nn.Module):
         return last_dropout(project(second, dropout(first(x_BSD))))
 
 
-class _Projection(nn.Module):
+class _Projection(Part):
     """The feed-forward's first linear with its activation; gated ones have twice the rows, value first."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -197,7 +198,7 @@ class _Projection(nn.Module):
                 return value * F.silu(gate)
 
 
-class OutputNorm(nn.Module):
+class OutputNorm(Part):
     """The last norm, modulated by the timestep: shift, scale."""
 
     def __init__(self, config: TransformerConfig) -> None:

@@ -56,7 +56,7 @@ def _weight(linear: Any, x: Tensor) -> Tensor | None:
     """The weight as the product needs it, or None: call the linear, which is wrapped, hooked or does more."""
     if type(linear) is not nn.Linear or "forward" in linear.__dict__:
         return None
-    if linear._forward_hooks or linear._forward_pre_hooks:
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return None
     weight: Tensor = linear.weight
     if not weight.is_cuda or weight.dtype != x.dtype:

@@ -29,10 +29,11 @@ from cogx_fast.model.layers import (
     unpatchify,
 )
 from cogx_fast.model.masks import LayerBlocks, SparseBlocks
+from cogx_fast.model.part import Part
 from cogx_fast.model.products import project
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Self-attention with fused projections, normed and rotated queries and keys."""
 
     QK_NORM_EPS = 1e-6
@@ -61,7 +62,7 @@ class Attention(nn.Module):
         return self.norm_q(q_BSNK, rotary), self.norm_k(k_BSNK, rotary), v_BSNK
 
 
-class Block(nn.Module):
+class Block(Part):
     """Attention and feed-forward, each modulated, gated and added to the stream."""
 
     def __init__(self, config: TransformerConfig, backend: str) -> None:
@@ -102,7 +103,7 @@ def _checkpoint(block: nn.Module, *inputs: object) -> Tensor:
     return x_BSD
 
 
-class CogVideoXTransformer(nn.Module):
+class CogVideoXTransformer(Part):
     """The transformer that predicts noise (v-prediction) from noisy latents, text and timestep.
 
     Args:

@@ -89,7 +89,7 @@ def choose_attention(shape: Shape, dtype: torch.dtype, device: torch.device, *, 
 
 def _measure(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, compiled: bool) -> float | str:
     """Median milliseconds of one attention, or why it failed."""
-    from cogx_fast.runtime.engine import own
+    from cogx_fast.runtime.kinds import own
 
     before = torch.nn.attention.current_flash_attention_impl()
     try:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from cogx_fast.model.products import is_int8_dynamic
+from cogx_fast.runtime.attached import Watch
 from cogx_fast.runtime.cache import Recorder
 from cogx_fast.runtime.cachedir import CacheDirectory
 from cogx_fast.runtime.engine import Engine
@@ -105,6 +106,7 @@ def compile_model(
             cuda_graphs=config.cuda_graphs,
             cache_directory=directory,
         )
+    model._attached = Watch()  # to look at it anew
 
 
 def uncompile_model(model: CogVideoXModel) -> None:

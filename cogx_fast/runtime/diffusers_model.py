@@ -15,13 +15,19 @@ from typing import Any, ClassVar, NoReturn
 import diffusers
 import torch
 from diffusers import CogVideoXTransformer3DModel as Upstream
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention import FeedForward as TheirFeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.training_utils import EMAModel
 from diffusers.utils import deprecate
 from torch import Tensor, nn
 
 from cogx_fast.config import TransformerConfig
+from cogx_fast.model.backends import BACKENDS, Backend
+from cogx_fast.model.layers import FeedForward
 from cogx_fast.model.tables import sincos_table
+from cogx_fast.model.transformer import Attention
+from cogx_fast.runtime.attached import ADAPTERS, AttachedError, check_processor, take_off_adapters
 from cogx_fast.runtime.averages import follow_layout
 from cogx_fast.runtime.module import CogVideoXModel
 
@@ -48,6 +54,39 @@ class _UpstreamInterface(Upstream):
         nn.Module.__init__(self)
 
 
+class UpstreamAttention(Attention, AttentionModuleMixin):
+    """Attention as diffusers' functions look for it: what they would set on it, or hook into it, is checked."""
+
+    _supports_qkv_fusion = False  # query, key and value are one from the start
+
+    @property
+    def is_cross_attention(self) -> NoReturn:
+        """Refuse what works on diffusers' attention."""
+        raise AttachedError(
+            "this asks for diffusers' attention, with query, key and value apart, which are one projection in this "
+            "model: use diffusers' own transformer with it"
+        )
+
+    @property
+    def processor(self) -> Any:
+        """The attention backend."""
+        return BACKENDS[self.backend]
+
+    @processor.setter
+    def processor(self, processor: Any) -> None:
+        check_processor(processor)
+        if isinstance(processor, Backend) and processor.name != self.backend:
+            self.set_attention_backend(processor.name)
+
+    def set_attention_backend(self, backend: str) -> NoReturn:
+        """Refuse: all layers have the same."""
+        raise ValueError(f"attention backend {backend!r} for one layer: call the model's set_attention_backend")
+
+
+class UpstreamFeedForward(FeedForward, TheirFeedForward):
+    """The feed-forward as diffusers' functions look for it."""
+
+
 class CogVideoXTransformer3DModel(CogVideoXModel, _UpstreamInterface, metaclass=_EqualsUpstream):
     """``CogVideoXModel`` as a diffusers model: it shares none of upstream's forward, weights' layout or files.
 
@@ -58,11 +97,14 @@ class CogVideoXTransformer3DModel(CogVideoXModel, _UpstreamInterface, metaclass=
 
     _no_split_modules: ClassVar = ["Block", "PatchEmbed"]
     _repeated_blocks: ClassVar = ["Block"]
+    _skip_layerwise_casting_patterns: ClassVar = ["patch_embed", "norm", "modulation"]  # upstream: in the norms
 
     def __init__(self, config: TransformerConfig | None = None, *, attention: str = "sdpa", **fields: Any) -> None:
         if config is not None and fields:
             raise TypeError(f"a config and fields of one ({', '.join(fields)}) are given: give one of both")
         super().__init__(TransformerConfig.from_dict(fields) if config is None else config, attention=attention)
+        for block in self.transformer_blocks:
+            block.attn1.__class__, block.ff.__class__ = UpstreamAttention, UpstreamFeedForward
         # Pipelines write class and module of their parts into model_index.json. On disk this model is upstream's.
         self.__module__ = Upstream.__module__
 
@@ -180,13 +222,28 @@ class CogVideoXTransformer3DModel(CogVideoXModel, _UpstreamInterface, metaclass=
             "this model does not have: use diffusers' own transformer with it"
         )
 
-    def _no_adapters(self, *_: Any, **__: Any) -> NoReturn:
+    def enable_parallelism(self, **_: Any) -> NoReturn:
+        """Refuse to split the stream over devices."""
         raise ValueError(
-            "adapters cannot be added to this model, whose projections are fused: load the LoRA into diffusers' "
-            "pipeline, call pipe.fuse_lora(), then cogx_fast.accelerate(pipe)"
+            "this model has no plan to split its one stream over devices: use diffusers' own transformer for that"
         )
 
-    load_lora_adapter = add_adapter = set_adapters = _no_adapters
+    def _no_adapters(self, *_: Any, **__: Any) -> NoReturn:
+        raise AttachedError(ADAPTERS)
+
+    load_lora_adapter = add_adapter = set_adapters = enable_lora_hotswap = _no_adapters
+    fuse_lora = unfuse_lora = enable_lora = disable_lora = delete_adapters = _no_adapters
+
+    @property
+    def peft_config(self) -> NoReturn:
+        """There is none."""
+        raise AttributeError("peft_config")
+
+    @peft_config.setter
+    def peft_config(self, _: Any) -> NoReturn:
+        """PEFT writes it at the end of every injection: its adapters are taken off again."""
+        take_off_adapters(self)
+        raise AttachedError(ADAPTERS)
 
 
 _OF_THE_FILE = ("_class_name", "_diffusers_version", "_registered", "_use_default_values", "quantization_config")

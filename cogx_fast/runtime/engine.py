@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import threading
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,11 @@ from torch import Tensor, nn
 from cogx_fast.model.attention import Mask, Rotary
 from cogx_fast.model.masks import LayerBlocks, SparseBlocks
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
+from cogx_fast.runtime.attached import Attached, AttachedError, named, on_module, on_modules, refuse
 from cogx_fast.runtime.cachedir import CacheDirectory
 from cogx_fast.runtime.candidates import drop_garbage
 from cogx_fast.runtime.flags import Flags
+from cogx_fast.runtime.kinds import kind_of, own
 from cogx_fast.runtime.watch import Call, RecompileError, RecompileWarning, explain_recompile, show_progress
 
 if TYPE_CHECKING:
@@ -37,7 +38,11 @@ _RECOMPILE_LIMIT = 256
 _BATCH_HINT = 2
 """The batch that kernels are tuned for where the graph holds for every batch; guidance doubles a batch of one."""
 
-_serial = itertools.count()
+_INSTEAD = (
+    "use compile=False, pipe.enable_model_cpu_offload(), or enable_group_offload(offload_type='block_level', "
+    "num_blocks_per_group=1) with CompileConfig(scope='block'), which move what is around the compiled code; for "
+    "weights in eight bits, quant='fp8-weight-only'"
+)
 _compiling = threading.RLock()
 """Held by the one thread of the process that compiles; calls of what is compiled do not take it."""
 
@@ -81,23 +86,90 @@ class Engine:
         self._earlier: list[Call] = []
         self._quantizes_activations = _quantizes_activations(model)
         self._cache_directory = cache_directory
-        self._whole = compile(own(CogVideoXTransformer.forward)) if whole else None
-        kinds: dict[Any, Callable[..., Any]] = {}
-        for block in model.transformer_blocks:
-            # torch has no rule for a region whose inputs are tensor subclasses (2.13): these are part of the graph
-            if whole and (not nested or any(hasattr(tensor, "__tensor_flatten__") for tensor in block.parameters())):
-                continue
-            kind = kind_of(block)
-            if kind not in kinds:
-                forward = own(Block.forward)
-                kinds[kind] = torch.compiler.nested_compile_region(forward) if whole else compile(forward)
-            run = kinds[kind] if whole else functools.partial(self._run_block, kinds[kind])
-            block.forward = functools.partial(run, block)
+        self._compile, self._scope_is_model, self._nested = compile, whole, nested
+        self._whole: Callable[..., Any] | None = None
+        self._kinds: dict[Any, tuple[Callable[..., Any], Any]] = {}
+        self._functions: list[Callable[..., Any] | None] = []
+        self._put: list[Any] = [None] * len(model.transformer_blocks)
+        self._inside: list[Attached] = []
+        self._refuse_wrapped()
+        self.follow_attached()
 
     def remove(self) -> None:
-        """Give the blocks their own ``forward`` back."""
-        for block in self._model.transformer_blocks:
+        """Give the blocks their own ``forward`` back.
+
+        Raises:
+            AttachedError: (a ValueError) something was put over it.
+        """
+        self._refuse_wrapped()
+        for _, block in self._blocks():
             block.__dict__.pop("forward", None)
+
+    def _blocks(self) -> list[tuple[str, Block]]:
+        blocks = self._model.transformer_blocks.named_children()
+        return [(f"transformer_blocks.{name}", cast(Block, block)) for name, block in blocks]
+
+    def _refuse_wrapped(self) -> None:
+        blocks = zip(self._blocks(), self._put, strict=True)
+        wrapped = [(name, block) for (name, block), put in blocks if vars(block).get("forward") not in (None, put)]
+        found = [each for name, block in wrapped for each in on_module(block, name) if each.kind != "module"]
+        refuse(
+            [replace(each, remedy="take it away first, and put it there again afterwards") for each in found],
+            "compiling, or running eagerly again, replaces what stands over a block's forward",
+        )
+
+    # -- what is attached ---------------------------------------------------------------------------------------------
+
+    def follow_attached(self) -> None:
+        """Compile anew where something was attached inside what is compiled, or taken away: torch does not notice.
+
+        Raises:
+            AttachedError: (a ValueError) what moves or casts weights in there, which cannot be traced.
+            RecompileError: the model was called before, and may not compile again (``strict``).
+        """
+        inside = [
+            each for name, block in self._blocks() for each in on_modules(block, name, itself=self._scope_is_model)
+        ]
+        if self._scope_is_model:
+            rest = (item for item in self._model.named_children() if item[0] != "transformer_blocks")
+            inside += [each for name, part in rest for each in on_modules(part, name)]
+        placing = [replace(each, remedy=_INSTEAD) for each in inside if each.kind == "placing"]
+        refuse(placing, f"{self._what} cannot be compiled as one graph with what moves or casts weights inside it")
+        changed = inside != self._inside
+        if changed and self._earlier:
+            there = f"there is now {named(inside)}" if inside else "nothing is there any more"
+            self._tell(
+                f"{self._what} compiles again: something was attached inside it or taken away ({there}). Attach it "
+                "before the first call"
+            )
+        self._inside = inside
+        if self._scope_is_model and (changed or self._whole is None):
+            self._whole = self._compile(own(CogVideoXTransformer.forward))
+        self._functions = [self._function(block) for _, block in self._blocks()]
+        for layer, (_, block) in enumerate(self._blocks()):
+            function = self._functions[layer]
+            if function is None or vars(block).get("forward") is not self._put[layer]:
+                continue  # part of the whole, or wrapped by what goes on calling it
+            if self._scope_is_model:
+                self._put[layer] = block.__dict__["forward"] = functools.partial(function, block)
+            elif self._put[layer] is None:
+                self._put[layer] = block.__dict__["forward"] = functools.partial(self._run_block, layer, block)
+
+    def _function(self, block: Block) -> Callable[..., Any] | None:
+        """The function of a block's kind, which is also what is attached inside it; None: it is part of the whole."""
+        # torch has no rule for a region whose inputs are tensor subclasses (2.13): these are part of the graph
+        subclasses = any(hasattr(tensor, "__tensor_flatten__") for tensor in block.parameters())
+        if self._scope_is_model and (subclasses or not self._nested):
+            return None
+        inside = on_modules(block, itself=False)
+        kind = (kind_of(block), tuple((each.where, each.what, id(each.object)) for each in inside))
+        if kind not in self._kinds:
+            forward = own(Block.forward)
+            region = torch.compiler.nested_compile_region(forward) if self._scope_is_model else self._compile(forward)
+            self._kinds[kind] = region, inside  # kept, so that an id remains theirs
+        return self._kinds[kind][0]
+
+    # -- calls --------------------------------------------------------------------------------------------------------
 
     def __call__(
         self,
@@ -140,7 +212,7 @@ class Engine:
 
     def _run_block(
         self,
-        compiled: Callable[..., Tensor],
+        layer: int,
         block: Block,
         x_BSD: Tensor,
         mod_B12D: Tensor,
@@ -154,6 +226,8 @@ class Engine:
         self._mark((x_BSD,), 1)
         self._mark((is_text_S1,), 0)
         self._mark_tokens(rotary, mask)
+        compiled = self._functions[layer]
+        assert compiled is not None
         return self._run(compiled, block, x_BSD, mod_B12D, is_text_S1, rotary, mask)
 
     # -- symbolic sizes -----------------------------------------------------------------------------------------------
@@ -207,14 +281,13 @@ class Engine:
         waits for the same for a recompile.
         """
         self._running.call = call
-        what = "the model" if self._whole else "the block"
         known = any(call.settings == earlier.settings for earlier in self._earlier) if self._dynamic else False
         with ExitStack() as stack:
             if not known and call not in self._earlier:
                 stack.enter_context(_compiling)
             stack.enter_context(self._cache_directory.used())
             stack.enter_context(_flags().held())
-            stack.enter_context(show_progress(what))
+            stack.enter_context(show_progress(self._what))
             yield
             if call not in self._earlier:
                 self._earlier.append(call)
@@ -222,19 +295,29 @@ class Engine:
     def _run(self, compiled: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """The compiled function, with a recompile explained and a cache directory that fails replaced."""
         from torch._dynamo.exc import RecompileError as TorchRecompileError
+        from torch._dynamo.exc import Unsupported
 
         run = functools.partial(self._cache_directory.retried, compiled, *arguments)
-        with contextlib.suppress(TorchRecompileError):
-            return self._without_garbage(run())
-        with _compiling:
-            try:
-                return run()  # what this call needs may have been compiled by another thread meanwhile
-            except TorchRecompileError as error:
-                self._tell(str(error))
-            import torch._dynamo.config as dynamo
-
-            with dynamo.patch(error_on_recompile=False):
+        try:
+            with contextlib.suppress(TorchRecompileError):
                 return self._without_garbage(run())
+            with _compiling:
+                try:
+                    return run()  # what this call needs may have been compiled by another thread meanwhile
+                except TorchRecompileError as error:
+                    self._tell(self._explain(str(error)))
+                import torch._dynamo.config as dynamo
+
+                with dynamo.patch(error_on_recompile=False):
+                    return self._without_garbage(run())
+        except Unsupported as error:
+            if not self._inside:
+                raise
+            raise AttachedError(
+                f"{self._what} cannot be compiled as one graph with what is attached inside it: "
+                f"{named(self._inside)}. What to do: use compile=False; or write it so that torch can trace it. "
+                f"torch's reason: {error}"
+            ) from error
 
     def _without_garbage(self, output: Tensor) -> Tensor:
         recorder = self._model._recorder
@@ -243,13 +326,17 @@ class Engine:
             drop_garbage(output.device)
         return output
 
-    def _tell(self, guards: str) -> None:
-        what = "the model" if self._whole else "the block"
+    @property
+    def _what(self) -> str:
+        return "the model" if self._scope_is_model else "the block"
+
+    def _explain(self, guards: str) -> str:
         call: Call | None = getattr(self._running, "call", None)
         if call is None:
-            message = f"{what} compiles again outside of a call of the model: {guards}"
-        else:
-            message = explain_recompile(call, self._earlier, guards, what=what, dynamic=self._dynamic)
+            return f"{self._what} compiles again outside of a call of the model: {guards}"
+        return explain_recompile(call, self._earlier, guards, what=self._what, dynamic=self._dynamic)
+
+    def _tell(self, message: str) -> None:
         if self._strict:
             raise RecompileError(f"{message}. This is an error because of CompileConfig(strict=True)")
         warnings.warn(message, RecompileWarning, stacklevel=2)
@@ -302,29 +389,6 @@ def _per_video(tensor_B: Tensor) -> Tensor:
     return tensor_B.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-# -- kinds of block ---------------------------------------------------------------------------------------------------
-
-
-def kind_of(block: nn.Module) -> Any:
-    """Equal for blocks that one graph holds for: the same modules with weights of the same types, dtypes and shapes.
-
-    So a model whose blocks are quantized in different ways has as many graphs as ways, and none counts as a recompile.
-    """
-    modules = tuple((name, type(module)) for name, module in block.named_modules())
-    tensors = itertools.chain(block.named_parameters(), block.named_buffers())
-    return modules, tuple((name, tensor.requires_grad, *_kind_of_tensor(tensor)) for name, tensor in tensors)
-
-
-def _kind_of_tensor(tensor: Tensor) -> tuple[Any, ...]:
-    kind: tuple[Any, ...] = (type(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
-    flatten: Any = getattr(tensor, "__tensor_flatten__", None)  # a subclass that holds other tensors: quantized ones
-    if flatten is not None:
-        names, context = flatten()
-        inner = ((name, getattr(tensor, name)) for name in names)
-        kind += (repr(context), tuple((name, _kind_of_tensor(value)) for name, value in inner))
-    return kind
-
-
 def _quantizes_activations(model: nn.Module) -> bool:
     """Whether a weight is quantized in another way than torchao's weight-only ones, which say so."""
     missing = object()
@@ -342,19 +406,4 @@ def _batch_bounds(mark_unbacked: Callable[..., None]) -> dict[str, int]:
     return {"min": 1, "max": 65535} if "min" in inspect.signature(mark_unbacked).parameters else {}
 
 
-def own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object and a name of its own.
-
-    Dynamo keeps what it compiled and counts recompiles by code object, and remembers which sizes changed by the
-    function's name: so each kind of block of each model has its own, and none starts with the limits or sizes of
-    another of the process.
-    """
-    assert isinstance(function, types.FunctionType)
-    name = f"{function.__name__}_{next(_serial)}"
-    code = function.__code__.replace(co_name=name)
-    copy = types.FunctionType(code, function.__globals__, name, None, function.__closure__)
-    copy.__kwdefaults__, copy.__defaults__ = function.__kwdefaults__, function.__defaults__
-    return copy
-
-
-__all__ = ["Engine", "kind_of", "own"]
+__all__ = ["Engine"]

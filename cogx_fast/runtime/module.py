@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.attention import Mask
-from cogx_fast.model.backends import BACKENDS, Backend, ready_backend
+from cogx_fast.model.backends import BACKENDS, UPSTREAM_NAMES, Backend, ready_backend
 from cogx_fast.model.masks import SparseBlocks
+from cogx_fast.runtime.attached import Watch, check_own, check_processor, refuse_inside_package
 from cogx_fast.runtime.choice import Choice
 from cogx_fast.runtime.inputs import InputPreparation, per_video
 from cogx_fast.runtime.plan import AttentionPlan
 from cogx_fast.runtime.quantized import follow_dtype
 
 if TYPE_CHECKING:
+    from cogx_fast.runtime.engine import Engine
     from cogx_fast.runtime.explain import Explanation
-
-_UPSTREAM_PROCESSORS = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")
 
 
 class TransformerOutput(NamedTuple):
@@ -48,9 +48,11 @@ class CogVideoXModel(InputPreparation):
         self._compile_backend: str | None = None  # set by runtime.compile
         self.attention_choice: Choice | None = None
         """What ``load(attention="auto")`` chose, and why."""
-        self._compiled: Callable[..., Tensor] | None = None  # set by runtime.compile in place of the traced forward
+        self._compiled: Engine | None = None  # set by runtime.compile in place of the traced forward
         self._recorder: Any = None  # what compiling made, where runtime.compile has it noted
         self._compile_config: Any = None  # and how
+        self._packaged = False  # whether the blocks are a package's, set by runtime.package
+        self._attached = Watch()
 
     @property
     def device(self) -> torch.device:
@@ -93,8 +95,11 @@ class CogVideoXModel(InputPreparation):
             The prediction ``(B, F, C_out, H, W)`` in ``hidden_states``' dtype.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit the configuration or each other; the message says which.
+            ValueError: shapes or dtypes that do not fit the configuration or each other, or something attached to the
+                model that cannot work here; the message says which.
         """
+        if not torch.compiler.is_compiling() and self._attached.has_changed():
+            self.check_attached()
         grid = self._check_inputs(hidden_states, encoder_hidden_states, timestep_cond, ofs)
         given = hidden_states.dtype
         hidden_states, encoder_hidden_states = self._in_own_dtype(hidden_states, encoder_hidden_states)
@@ -119,6 +124,19 @@ class CogVideoXModel(InputPreparation):
             mask,
         ).to(given)
         return self._output(sample) if return_dict else (sample,)
+
+    def check_attached(self) -> None:
+        """Look at what was attached to the model (hooks, patches, modules); calls do so when there is anything new.
+
+        Raises:
+            AttachedError: (a ValueError) something that would do nothing here, or cannot be compiled with the model.
+        """
+        check_own(self)
+        if self._compiled is not None:
+            self._compiled.follow_attached()
+        if self._packaged:
+            refuse_inside_package(self)
+        self._attached.note(self)
 
     def _output(self, sample: Tensor) -> Any:
         return TransformerOutput(sample)
@@ -205,16 +223,24 @@ class CogVideoXModel(InputPreparation):
     def set_attn_processor(self, processor: Any) -> None:
         """Accept diffusers' own CogVideoX processors (what they compute is what is computed here) and our backends.
 
+        Args:
+            processor: one for all layers, or a dict of one for each name in ``attn_processors``.
+
         Raises:
-            ValueError: another processor, which cannot run inside this model.
+            ValueError: another processor, which cannot run inside this model; or a dict of other names.
         """
+        layers = self.attn_processors
+        if isinstance(processor, Mapping) and len(processor) != len(layers):
+            raise ValueError(
+                f"a dict of {len(processor)} processors is given, but there are {len(layers)} attention layers: pass "
+                f"{len(layers)}, by the names in attn_processors"
+            )
+        if isinstance(processor, Mapping) and processor.keys() != layers.keys():
+            unknown = sorted(processor.keys() - layers.keys(), key=str)
+            raise ValueError(f"processors {', '.join(map(str, unknown[:3]))} are of no layer: see attn_processors")
         processors = list(processor.values()) if isinstance(processor, Mapping) else [processor]
         for chosen in processors:
-            if not isinstance(chosen, Backend) and type(chosen).__name__ not in _UPSTREAM_PROCESSORS:
-                raise ValueError(
-                    f"attention processor {type(chosen).__name__} cannot run in this model: choose a backend with "
-                    f"set_attention_backend, one of {', '.join(BACKENDS)}"
-                )
+            check_processor(chosen)
         names = {chosen.name for chosen in processors if isinstance(chosen, Backend)}
         if len(names) > 1:
             raise ValueError(f"one attention backend for all layers, got {sorted(names)}")
@@ -224,13 +250,27 @@ class CogVideoXModel(InputPreparation):
     def set_attention_backend(self, backend: str) -> None:
         """Use another attention backend from the next call on (a compiled model compiles again).
 
+        Args:
+            backend: a name from ``cogx_fast.model.backends.BACKENDS``, or diffusers' name for one of them ("native",
+                "_native_cudnn", "flash", …).
+
         Raises:
             ValueError: there is no backend of that name, or it cannot run here; the message says what to do.
         """
         head_dim = self.config.attention_head_dim
-        name = ready_backend(backend, device=self.device, dtype=self.dtype, head_dim=head_dim).name
+        ours = UPSTREAM_NAMES.get(backend.lower(), backend)
+        name = ready_backend(ours, device=self.device, dtype=self.dtype, head_dim=head_dim).name
         for attention in self._attentions():
             attention.backend = name
+
+    def reset_attention_backend(self) -> None:
+        """Go back to the attention backend that ``load(attention="auto")`` chose, else torch's own (with a plan, flex).
+
+        Raises:
+            ValueError: it cannot run where the model is now.
+        """
+        default = "sdpa" if self._plan is None else "flex"
+        self.set_attention_backend(default if self.attention_choice is None else self.attention_choice.name)
 
     @property
     def attention_plan(self) -> AttentionPlan | None:

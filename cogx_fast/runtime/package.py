@@ -173,6 +173,7 @@ def load_package(
     model.requires_grad_(False)
     for index, block in enumerate(model.transformer_blocks):
         block.forward = PackagedBlock(block, runners[manifest["blocks"][str(index)]], sizes, model.dtype)
+    model._packaged = True
     return model
 
 

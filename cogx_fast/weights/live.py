@@ -40,6 +40,7 @@ def adopt(
     device: torch.device | None,
     check_finite: bool = False,
     prepare: Callable[[Model], Finish] | None = None,
+    check: Callable[[nn.Module, TransformerConfig], None] | None = None,
 ) -> Model:
     """Build a model on the weights of a diffusers ``CogVideoXTransformer3DModel``, or of one of our own.
 
@@ -55,6 +56,7 @@ def adopt(
         device: where the weights go, or None to leave them where they are.
         check_finite: look for infinities and NaN.
         prepare: as for ``checkpoint.load_checkpoint``; the source keeps its own weights whatever is replaced.
+        check: looks at what is on the source beside its weights, and raises.
 
     Raises:
         CheckpointError: another kind of model, or one whose weights cannot be taken; the message says what to do.
@@ -74,6 +76,8 @@ def adopt(
     own = dict(source.named_parameters()) | dict(source.named_buffers())
     parts = {name: [own[name]] if ours else [tensors[slot.name] for slot in group] for name, group in groups.items()}
     _check_quantized(parts, dtype, origin)
+    if check is not None:
+        check(source, config)
     if check_finite:
         check_values(source, layout, origin) if ours else _check_upstream_values(tensors, layout, origin)
     with torch.device("meta"):
@@ -159,6 +163,7 @@ def plain_tensors(source: nn.Module, origin: str) -> dict[str, Tensor]:
     if not isinstance(source, CogVideoXTransformer):  # unfusing leaves the fused copies behind
         tensors = {name: tensor for name, tensor in tensors.items() if ".attn1.to_qkv." not in name}
     plain = (Tensor, nn.Parameter, nn.Buffer)
+    tensors = _under_adapters(source, tensors, origin)
     refuse_kinds({n: t for n, t in tensors.items() if type(t) not in plain and not is_quantized(t)}, origin)
     absent = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
     if absent:
@@ -166,6 +171,33 @@ def plain_tensors(source: nn.Module, origin: str) -> dict[str, Tensor]:
             f"{origin}: {some(absent, 2)} hold no values (meta device): call pipe.remove_all_hooks() if the model is "
             "offloaded, or load it with weights"
         )
+    return tensors
+
+
+def _under_adapters(source: nn.Module, tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """The weights that PEFT's adapters stand around, by their names without them; every adapter must be merged."""
+    layers: dict[str, Any] = {
+        name: module
+        for name, module in source.named_modules()
+        if hasattr(module, "base_layer") and hasattr(module, "merged_adapters")
+    }
+    loose = {
+        adapter: name
+        for name, layer in layers.items()
+        for adapter in layer._all_available_adapter_names()
+        if adapter not in layer.merged_adapters or layer.disable_adapters
+    }
+    if loose:
+        raise CheckpointError(
+            f"{origin}: adapters that are not merged are on it: {some(loose)} (e.g. on {min(loose.values())}). Call "
+            "pipe.fuse_lora() (after pipe.enable_lora() if they are disabled), or pipe.unload_lora_weights() to do "
+            "without them"
+        )
+    for name in layers:
+        for tensor in [each for each in tensors if each.startswith(f"{name}.")]:
+            values = tensors.pop(tensor)
+            if tensor.startswith(f"{name}.base_layer."):
+                tensors[tensor.replace(".base_layer.", ".", 1)] = values
     return tensors
 
 

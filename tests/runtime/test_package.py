@@ -339,6 +339,18 @@ def test_calls_that_the_code_is_not_for(package: Package) -> None:
         call(model.to(torch.bfloat16), inputs(model.config, dtype=torch.bfloat16))
 
 
+def test_what_is_attached_inside_a_block_is_refused_for_its_code_does_not_call_it(package: Package) -> None:
+    model = load_package(package.path, package.checkpoint)
+    arguments = inputs(model.config)
+    expected = call(model, arguments)
+    handle = model.transformer_blocks[0].ff.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"package runs its blocks without .*hook .*on transformer_blocks\.0\.ff"):
+        call(model, arguments)
+    handle.remove()
+    model.transformer_blocks[0].register_forward_hook(lambda module, args, output: output * 0.5)
+    assert relative_error(call(model, arguments), expected) > 1e-3
+
+
 @pytest.mark.parametrize("sizes", [{"tokens": (1, 9)}, {"tokens": (9, 9)}, {"tokens": (2, 9), "batch": 1}])
 def test_ranges_that_are_none(sizes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):

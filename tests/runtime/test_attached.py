@@ -1,0 +1,481 @@
+"""What is put on a model of ours while it is used: it works, eager and compiled, or is refused with its name."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cogx_fast
+from cogx_fast.runtime.attached import AttachedError
+from cogx_fast.runtime.compile import RecompileError, RecompileWarning, watch_compilation
+from tests.support import inputs, pipeline_rotary, relative_error, small, upstream
+
+CONFIG = small("5b")
+CPU = torch.device("cpu")
+SCOPES: dict[str, Any] = {
+    "eager": False,
+    "block": cogx_fast.CompileConfig(backend="eager"),
+    "model": cogx_fast.CompileConfig(backend="eager", scope="model"),
+    "unrolled": cogx_fast.CompileConfig(backend="eager", scope="model", unrolled=True),
+}
+
+
+def build(scope: str = "eager", **changes: Any) -> Any:
+    return cogx_fast.load(upstream(CONFIG), compile=SCOPES[scope], **changes)
+
+
+def run(model: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    arguments = inputs(CONFIG, dtype=dtype)
+    arguments["image_rotary_emb"] = pipeline_rotary(CONFIG, arguments["hidden_states"])
+    with torch.no_grad():
+        return model(**arguments, return_dict=False)[0]
+
+
+# -- diffusers' caches, skipping and guidance --------------------------------------------------------------------------
+
+
+def apply_pab(model: Any) -> None:
+    from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    )
+    apply_pyramid_attention_broadcast(model, config)
+
+
+def apply_faster(model: Any) -> None:
+    from diffusers.hooks import FasterCacheConfig, apply_faster_cache
+
+    config = FasterCacheConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
+    apply_faster_cache(model, config)
+
+
+def apply_first_block(model: Any) -> None:
+    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+
+    apply_first_block_cache(model, FirstBlockCacheConfig())
+
+
+def apply_mag(model: Any) -> None:
+    from diffusers.hooks import MagCacheConfig, apply_mag_cache
+
+    apply_mag_cache(model, MagCacheConfig(mag_ratios=[1.0] * 4, num_inference_steps=4))
+
+
+def apply_taylor_lite(model: Any) -> None:
+    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
+
+    apply_taylorseer_cache(model, TaylorSeerCacheConfig(use_lite_mode=True))
+
+
+def skip(**options: bool) -> Callable[[Any], None]:
+    def apply(model: Any) -> None:
+        from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+
+        apply_layer_skip(model, LayerSkipConfig(indices=[1], fqn="transformer_blocks", **options))
+
+    return apply
+
+
+def smoothed_energy(model: Any) -> None:
+    from diffusers.hooks import smoothed_energy_guidance_utils as utils
+
+    config = utils.SmoothedEnergyGuidanceConfig(indices=[1], fqn="transformer_blocks")
+    utils._apply_smoothed_energy_guidance_hook(model, config, 1.0)
+
+
+CACHES: dict[str, Callable[[Any], None]] = {
+    "pyramid attention broadcast": apply_pab,
+    "faster cache": apply_faster,
+    "first block cache": apply_first_block,
+    "mag cache": apply_mag,
+    "taylorseer, lite": apply_taylor_lite,
+    "layer skip": skip(),
+    "layer skip of feed-forwards": skip(skip_attention=False, skip_ff=True),
+    "layer skip of attention": skip(skip_attention=True, skip_ff=False),
+    "layer skip of scores": skip(skip_attention=False, skip_attention_scores=True, skip_ff=False),
+    "smoothed energy guidance": smoothed_energy,
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_diffusers_hooks_into_its_blocks_are_refused_as_they_are_applied(cache: str) -> None:
+    model = build()
+    expected = run(model)
+    with pytest.raises(AttachedError, match="use diffusers' own transformer"):
+        CACHES[cache](model)
+    assert torch.equal(run(model), expected), "nothing of it stays"
+
+
+def test_on_a_torch_module_they_are_refused_at_the_next_call() -> None:
+    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
+
+    model = build()
+    run(model)
+    config = TaylorSeerCacheConfig(cache_identifiers=[r"transformer_blocks\.\d+\.attn1\.to_out\.0"])
+    apply_taylorseer_cache(model, config)
+    for _ in range(2):
+        with pytest.raises(AttachedError, match=r"taylorseer_cache .*to_out\.0 and 1 more.*remove_hook"):
+            run(model)
+    for block in model.transformer_blocks:
+        block.attn1.to_out[0]._diffusers_hook.remove_hook("taylorseer_cache")
+    run(model)
+
+
+def test_the_users_own_hooks_in_diffusers_registry_run() -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Half(ModelHook):
+        def post_forward(self, module: Any, output: Any) -> Any:
+            return output * 0.5
+
+    model = build()
+    expected = run(model)
+    HookRegistry.check_if_exists_or_initialize(model.transformer_blocks[1].ff).register_hook(Half(), "half")
+    assert relative_error(run(model), expected) > 1e-3
+
+
+# -- processors and backends -------------------------------------------------------------------------------------------
+
+
+class Other:
+    def __call__(self, *_: Any, **__: Any) -> None: ...
+
+
+class OtherModule(nn.Module):
+    pass
+
+
+SETTERS: dict[str, Callable[[Any, Any], None]] = {
+    "set_attn_processor": lambda m, p: m.set_attn_processor(p),
+    "a dict": lambda m, p: m.set_attn_processor(dict.fromkeys(m.attn_processors, p)),
+    "set_processor": lambda m, p: m.transformer_blocks[1].attn1.set_processor(p),
+    "attribute": lambda m, p: setattr(m.transformer_blocks[1].attn1, "processor", p),
+}
+
+
+@pytest.mark.parametrize("kind", [Other, OtherModule])
+@pytest.mark.parametrize("setter", SETTERS)
+def test_other_processors_are_refused_however_they_are_set(setter: str, kind: type) -> None:
+    model = build()
+    run(model)
+
+    def set_and_run() -> None:
+        SETTERS[setter](model, kind())
+        run(model)  # a module set as an attribute is torch's to put in place
+
+    with pytest.raises(AttachedError, match=rf"attention processor .*{kind.__name__}.*set_attention_backend"):
+        set_and_run()
+
+
+@pytest.mark.parametrize("setter", SETTERS)
+def test_diffusers_own_processor_is_taken_however_it_is_set(setter: str) -> None:
+    from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+
+    model = build()
+    expected = run(model)
+    SETTERS[setter](model, CogVideoXAttnProcessor2_0())
+    assert torch.equal(run(model), expected)
+    assert model.transformer_blocks[1].attn1.get_processor().name == "sdpa"
+
+
+def test_a_processor_whose_class_was_patched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+
+    model = build()
+    monkeypatch.setattr(CogVideoXAttnProcessor2_0, "__call__", lambda *_, **__: None)
+    with pytest.raises(AttachedError, match="CogVideoXAttnProcessor2_0 cannot run"):
+        model.set_attn_processor(CogVideoXAttnProcessor2_0())
+
+
+def test_dicts_of_processors_must_name_every_layer() -> None:
+    from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+
+    model, own = build(), CogVideoXAttnProcessor2_0()
+    names = list(model.attn_processors)
+    for wrong in ({names[0]: own}, {}, dict.fromkeys([*names, "other.processor"], own)):
+        with pytest.raises(ValueError, match=rf"dict of {len(wrong)} processors .*there are 2 attention layers"):
+            model.set_attn_processor(wrong)
+    with pytest.raises(ValueError, match=r"processors other\.processor are of no layer"):
+        model.set_attn_processor({names[0]: own, "other.processor": own})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("native", "sdpa"),
+        ("_native_math", "sdpa-math"),
+        ("flex", "flex"),
+        ("NATIVE", "sdpa"),
+        ("sdpa-math", "sdpa-math"),
+    ],
+)
+def test_diffusers_names_of_backends_are_taken(theirs: str, ours: str) -> None:
+    model = build()
+    model.set_attention_backend("flex")
+    model.set_attention_backend(theirs)
+    assert list(model.attention_backends) == [ours]
+
+
+def test_every_name_of_diffusers_is_taken_or_explained() -> None:
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    from cogx_fast.model.backends import BACKENDS, UPSTREAM_NAMES
+
+    assert UPSTREAM_NAMES.keys() <= {name.value for name in AttentionBackendName}
+    assert set(UPSTREAM_NAMES.values()) <= BACKENDS.keys()
+    model = build()
+    for name in AttentionBackendName:
+        if UPSTREAM_NAMES.get(name.value) in ("sdpa", "flex", "sdpa-math"):
+            model.set_attention_backend(name)
+            continue
+        model.set_attention_backend("sdpa")
+        with pytest.raises(ValueError, match=r"cannot run here: .*Here run sdpa|is not known: choose one of sdpa"):
+            model.set_attention_backend(name.value)
+        assert list(model.attention_backends) == ["sdpa"]
+
+
+def test_resetting_the_backend_goes_back_to_the_default() -> None:
+    model = build()
+    model.set_attention_backend("flex")
+    model.reset_attention_backend()
+    assert list(model.attention_backends) == ["sdpa"]
+    chosen = cogx_fast.load(upstream(CONFIG), attention="auto")
+    chosen.set_attention_backend("sdpa-math")
+    chosen.reset_attention_backend()
+    assert list(chosen.attention_backends) == [chosen.attention_choice.name]
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_k", "to_v", "to_out.0"], ["ff.net.2"], "all-linear"], ids=str)
+@pytest.mark.parametrize("function", ["get_peft_model", "inject_adapter_in_model"])
+def test_pefts_functions_are_refused_and_leave_nothing(function: str, targets: Any) -> None:
+    import peft
+
+    model = build()
+    expected, names = run(model), [name for name, _ in model.named_modules()]
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    with pytest.raises(AttachedError, match=r"adapters cannot be added.*fuse_lora"):
+        peft.get_peft_model(model, config) if function == "get_peft_model" else peft.inject_adapter_in_model(
+            config, model
+        )
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(run(model), expected)
+
+
+def test_an_adapter_put_by_hand_is_refused_at_the_next_call() -> None:
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import LoraConfig
+
+    model = build()
+    run(model)
+    layer = model.transformer_blocks[1].attn1.to_out
+    layer[0] = LoraLinear(layer[0], "mine", config=LoraConfig(r=2), r=2)
+    with pytest.raises(AttachedError, match=r"an adapter .*to_out\.0"):
+        run(model)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["add_adapter", "set_adapters", "fuse_lora", "unfuse_lora", "enable_lora", "disable_lora", "delete_adapters"],
+)
+def test_methods_of_adapters_are_refused(method: str) -> None:
+    with pytest.raises(AttachedError, match="fuse_lora"):
+        getattr(build(), method)("style")
+
+
+# -- what works: hooks of the user's, eager and compiled ---------------------------------------------------------------
+
+
+def halve(module: nn.Module, arguments: Any, output: Any) -> Any:
+    return (output[0] * 0.5,) if isinstance(output, tuple) else output * 0.5
+
+
+def patch(module: nn.Module) -> None:
+    before = module.forward
+    module.forward = lambda *a, **k: before(*a, **k) * 0.5
+
+
+ATTACH: dict[str, Callable[[nn.Module], Any]] = {
+    "forward hook": lambda module: module.register_forward_hook(halve),
+    "pre-hook": lambda module: module.register_forward_pre_hook(lambda m, args: (args[0] * 0.5, *args[1:])),
+    "forward": patch,
+}
+WHERE = [
+    ("forward hook", "transformer_blocks.0"),
+    ("forward hook", "transformer_blocks.1.ff"),
+    ("pre-hook", "transformer_blocks.0.attn1.to_out.0"),
+    ("forward", "transformer_blocks.1.ff"),
+    ("forward", "transformer_blocks.0"),
+    ("forward hook", "norm_out"),
+]
+
+
+@pytest.mark.parametrize(("way", "place"), WHERE)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("called", [False, True], ids=["before the first call", "after it"])
+def test_hooks_run_wherever_they_are_put(scope: str, way: str, place: str, called: bool) -> None:
+    """On one block of several that share a graph, before it is compiled or after."""
+    plain, model = build(), build(scope)
+    without = run(plain)
+    ATTACH[way](plain.get_submodule(place))
+    expected = run(plain)
+    assert relative_error(expected, without) > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RecompileWarning)
+        if called:
+            assert relative_error(run(model), without) <= 1e-5
+        ATTACH[way](model.get_submodule(place))
+        assert relative_error(run(model), expected) <= 1e-5
+
+
+def test_a_hook_taken_away_is_gone() -> None:
+    model = build("block")
+    handle = model.transformer_blocks[1].ff.register_forward_hook(halve)
+    changed = run(model)
+    handle.remove()
+    with pytest.warns(RecompileWarning, match="nothing is there any more"):
+        plain = run(model)
+    assert relative_error(plain, run(build())) <= 1e-5
+    assert relative_error(plain, changed) > 1e-3
+
+
+def test_compiling_anew_for_a_hook_is_told_and_can_be_an_error() -> None:
+    model = build("block")
+    run(model)
+    model.transformer_blocks[1].ff.register_forward_hook(halve)
+    with pytest.warns(RecompileWarning, match=r"attached inside it.*forward hook .*halve on transformer_blocks\.1\.ff"):
+        run(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model)
+
+    strict = cogx_fast.load(upstream(CONFIG), compile=cogx_fast.CompileConfig(backend="eager", strict=True))
+    run(strict)
+    strict.transformer_blocks[1].ff.register_forward_hook(halve)
+    for _ in range(2):
+        with pytest.raises(RecompileError, match="attached inside it"):
+            run(strict)
+
+
+def test_blocks_without_a_hook_keep_their_graph() -> None:
+    model = build("block")
+    run(model)
+    model.transformer_blocks[1].ff.register_forward_hook(halve)
+    with watch_compilation() as stats, pytest.warns(RecompileWarning):
+        run(model)
+    assert stats.graphs == 1
+
+
+def test_a_hook_that_cannot_be_traced_is_named() -> None:
+    def untraceable(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        torch._dynamo.graph_break()
+
+    model = build("block")
+    model.transformer_blocks[0].ff.register_forward_hook(untraceable)
+    with pytest.raises(AttachedError, match=r"forward hook .*untraceable on transformer_blocks\.0\.ff.*compile=False"):
+        run(model)
+
+
+def test_a_copy_looks_for_itself() -> None:
+    model = build()
+    run(model)
+    other = copy.deepcopy(model)
+    other.transformer_blocks[0].attn1.processor = OtherModule()
+    with pytest.raises(AttachedError):
+        run(other)
+    run(model)
+
+
+# -- what moves and casts weights --------------------------------------------------------------------------------------
+
+
+def model_offload(model: Any) -> None:
+    import accelerate
+
+    accelerate.cpu_offload_with_hook(model, CPU)
+
+
+def sequential(model: Any) -> None:
+    import accelerate
+
+    accelerate.cpu_offload(model, CPU)
+
+
+def group(kind: str) -> Callable[[Any], None]:
+    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    return lambda m: m.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type=kind, **blocks)
+
+
+def layerwise(model: Any) -> None:
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+
+
+MOVING: dict[str, Callable[[Any], None]] = {
+    "model offload": model_offload,
+    "sequential": sequential,
+    "blocks": group("block_level"),
+    "leaves": group("leaf_level"),
+    "layerwise": layerwise,
+}
+OWNERS = {"sequential": "accelerate's AlignDevicesHook", "blocks": "group_offloading", "leaves": "group_offloading"}
+
+
+@pytest.mark.parametrize("way", MOVING)
+@pytest.mark.parametrize("called", [False, True], ids=["before the first call", "after it"])
+@pytest.mark.parametrize("scope", ["eager", "block", "model"])
+def test_offloading_and_casting_work_or_say_what_to_do_instead(scope: str, way: str, called: bool) -> None:
+    plain, model = build(), build(scope)
+    expected = run(plain)
+    if called:
+        run(model)
+    MOVING[way](model)
+    inside = way in ("sequential", "leaves", "layerwise") or (way == "blocks" and scope != "block")
+    if scope == "eager" or not inside:
+        assert relative_error(run(model), expected) <= (1e-2 if way == "layerwise" else 1e-5)
+        return
+    owner = OWNERS.get(way, "layerwise_casting")
+    for _ in range(2):
+        with pytest.raises(
+            AttachedError, match=rf"{owner}.* on .*(?:compile=False).*enable_model_cpu_offload.*block_level"
+        ):
+            run(model)
+
+
+def test_compiling_a_model_with_them_says_so_at_once() -> None:
+    from cogx_fast.runtime.compile import compile_model
+
+    model = build()
+    layerwise(model)
+    with pytest.raises(AttachedError, match=r"layerwise_casting.*compile=False"):
+        compile_model(model, SCOPES["block"])
+
+
+def test_compiling_again_does_not_take_hooks_off() -> None:
+    from cogx_fast.runtime.compile import compile_model
+
+    model = build("block")
+    group("block_level")(model)
+    with pytest.raises(AttachedError, match=r"group_offloading on transformer_blocks\.0.*take it away first"):
+        compile_model(model, SCOPES["block"])
+    run(model)
+
+
+def test_layerwise_casting_leaves_the_modulation_as_diffusers_leaves_its_norms() -> None:
+    from cogx_fast.weights.layout import slots
+
+    theirs, ours = upstream(CONFIG), build()
+    for model in (theirs, ours):
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    cast = {name for name, p in theirs.named_parameters() if p.dtype == torch.float8_e4m3fn}
+    mine = {name for name, p in ours.named_parameters() if p.dtype == torch.float8_e4m3fn}
+    assert mine == {slot.our_name for slot in slots(CONFIG).values() if slot.name in cast}
+    assert relative_error(run(ours), run(theirs)) <= 1e-5
