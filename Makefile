@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cuda-standin lint type perf-check perf-accept bench-gpu bench-compare gpu-wheels train-tiny clean
+.PHONY: help setup demo test test-cuda-standin lint type perf-check perf-accept gpu-numerics bench-gpu bench-compare gpu-wheels train-tiny clean
 .DELETE_ON_ERROR:
 
 help: ## Show this help
@@ -45,12 +45,18 @@ lint: $(STAMP) ## Check style, format and types
 type: $(STAMP) ## Check types only
 	@$(BIN)/mypy
 
-perf-check: $(STAMP) ## Time ours against diffusers here, and fail where it became slower
+perf-check: $(STAMP) ## Time ours against diffusers here, run generated GPU code; fail where it is slower or wrong
 	@$(BIN)/python -W ignore -m benchmarks.check $(ARGS)
+	@$(BIN)/python -W ignore -m benchmarks.codegen --numerics --check
+	@$(BIN)/python -W ignore -m benchmarks.codegen --numerics --faults
+
+gpu-numerics: $(STAMP) ## Run the code generated for a GPU here, on the CPU, and hold its numbers
+	@$(BIN)/python -W ignore -m benchmarks.codegen --numerics --check $(ARGS)
 
 perf-accept: $(STAMP) ## Record what the compiler makes now: structure, generated GPU code, README's table
 	@$(BIN)/python -W ignore -m benchmarks.structure --accept $(ARGS)
 	@$(BIN)/python -W ignore -m benchmarks.codegen --accept $(ARGS)
+	@$(BIN)/python -W ignore -m benchmarks.codegen --numerics --accept $(ARGS)
 	@$(BIN)/python -m benchmarks.gpu.table
 
 bench-gpu: $(STAMP) ## Hold ours beside diffusers on this machine's GPU against its table; ARGS=--accept records it

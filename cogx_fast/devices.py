@@ -14,7 +14,7 @@ TERA, GIGA = 10**12, 10**9
 
 EXPONENTIALS_A_CLOCK = 16
 """Special functions that one multiprocessor starts in a clock (CUDA programming guide, arithmetic throughput, for
-compute capabilities 8.0 to 9.0)."""
+compute capabilities 8.0 to 10.0)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +126,46 @@ DEVICES: dict[str, Device] = {
         bandwidth=2039 * GIGA,
         link=300 * GIGA,
         source="NVIDIA A100 Tensor Core GPU data sheet, 80 GB SXM",
+    ),
+    "b200": Device(
+        name="NVIDIA B200",
+        capability=(10, 0),
+        multiprocessors=148,
+        threads_per_multiprocessor=2048,
+        shared_per_multiprocessor=228 * KIB,
+        shared_per_block=227 * KIB,
+        l2_bytes=126 * MIB,
+        memory_bytes=180 * GIGA,
+        clock_khz=1_965_000,
+        memory_clock_khz=3_996_000,
+        memory_bus_bits=8192,
+        boost_hz=1.855e9,
+        bf16=2250 * TERA,
+        fp8=4500 * TERA,
+        int8=4500 * TERA,
+        bandwidth=7700 * GIGA,
+        link=900 * GIGA,
+        source="NVIDIA HGX B200 data sheet, one of eight GPUs (halves of the sparse rates)",
+    ),
+    "rtx3060": Device(
+        name="NVIDIA GeForce RTX 3060",
+        capability=(8, 6),
+        multiprocessors=28,
+        threads_per_multiprocessor=1536,
+        shared_per_multiprocessor=100 * KIB,
+        shared_per_block=99 * KIB,
+        l2_bytes=3 * MIB,
+        memory_bytes=12 * GIB,
+        clock_khz=2_100_000,
+        memory_clock_khz=7_501_000,
+        memory_bus_bits=192,
+        boost_hz=1.777e9,
+        bf16=25.5 * TERA,
+        fp8=None,
+        int8=101.9 * TERA,
+        bandwidth=360 * GIGA,
+        link=32 * GIGA,  # PCIe 4.0 × 16
+        source="NVIDIA Ampere GA102 paper's rates of a multiprocessor (accumulation in fp32), times 28 at 1.777 GHz",
     ),
     "l40s": Device(
         **_ADA,

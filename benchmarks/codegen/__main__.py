@@ -1,6 +1,7 @@
 """Compile the cases, and show, check or record what they would run.
 
 python -m benchmarks.codegen [--only 5b/] [--device h100] [--check | --accept] [--plot FILE] [--json FILE] [--real]
+python -m benchmarks.codegen --numerics …    runs what is generated, on the CPU (benchmarks.numerics)
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ GATED_DEVICE = "h100"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--numerics" in arguments:
+        from benchmarks.numerics.__main__ import main as numerics
+
+        return numerics([argument for argument in arguments if argument != "--numerics"])
     options = _parser().parse_args(arguments)
     device = get_device(options.device)
     known = cases(device)

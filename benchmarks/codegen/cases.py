@@ -80,11 +80,11 @@ def our_block(
     x_BSD = torch.empty(batch, rows, config.inner_dim)
     block = Block(config, attention).eval()
     if recipe is not None:
-        _quantize(block, config, recipe)
+        quantize_block(block, config, recipe)
     return block, (x_BSD, mod_B12D, is_text_S1, _rotary(config, rows), mask)
 
 
-def _quantize(block: Any, config: Any, recipe: str) -> None:
+def quantize_block(block: Any, config: Any, recipe: str) -> None:
     """As the recipe says of a model's first block, by torchao's own function: a plan's ``apply`` reads values."""
     import torch
     from torchao.quantization import quantize_

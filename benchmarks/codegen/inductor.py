@@ -7,10 +7,11 @@ Only for a process that does nothing else (``worker.py``): the patches are globa
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ CONFIG = {
     "use_static_triton_launcher": False,  # loads machine code through torch's own driver, not through triton's
 }
 """Inductor options of every report, for described and real GPUs alike."""
+
+
+Examine = Callable[[Any], Any]
+StandIn = Callable[[list[Any]], Callable[[list[Any]], list[Any]]]
 
 
 def describe(device: Device) -> None:
@@ -195,6 +200,20 @@ def state_sdpa(kernel: str | None) -> None:
     operator.py_impl(key)(attend)
 
 
+@contextlib.contextmanager
+def own_sdpa() -> Iterator[None]:
+    """What ``scaled_dot_product_attention`` was before ``state_sdpa``, meanwhile: for tensors with values."""
+    operator, key = torch.ops.aten.scaled_dot_product_attention.default, torch._C.DispatchKey.CompositeImplicitAutograd
+    stated = operator.py_kernels.pop(key, None)
+    operator._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        if stated is not None:
+            operator.py_kernels[key] = stated
+        operator._dispatch_cache.clear()
+
+
 # ---------------------------------------------------------------------------------------------------- compilation
 
 
@@ -209,7 +228,7 @@ class Capture:
 
 
 def compile_only(
-    module: Any, arguments: tuple[Any, ...], examine: Any, options: Mapping[str, Any] | None = None
+    module: Any, arguments: tuple[Any, ...], examine: Examine, options: Mapping[str, Any] | None = None
 ) -> Capture:
     """Compile ``module(*arguments)`` as one graph; its kernels are built, not run.
 
@@ -220,17 +239,30 @@ def compile_only(
     Returns:
         What was captured.
     """
-    from torch._inductor import config, metrics
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor import metrics
 
     capture = Capture()
     torch._dynamo.reset()
     metrics.reset()
+    with lowering(capture, examine, options), _counting_bytes():
+        compiler(capture)(module, dynamic=False)(*arguments)
+    capture.inductor_bytes = metrics.num_bytes_accessed
+    return capture
+
+
+def compiler(capture: Capture, stand_in: StandIn | None = None) -> Callable[..., Any]:
+    """As ``torch.compile``; of its settings only ``dynamic`` is taken. What it compiles is called inside ``lowering``.
+
+    Args:
+        capture: where the graphs are noted.
+        stand_in: given the outputs' shapes, makes what is called in a compiled graph's place with its inputs.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(graph: Any, example_inputs: Any, **kwargs: Any) -> Any:
         outputs = [getattr(node, "meta", {}).get("val", node) for node in graph.graph.output_node().args[0]]
         compile_fx_inner(graph, example_inputs, **kwargs)
-        return _stand_in(outputs)
+        return (stand_in or _stand_in)(outputs)
 
     def backend(graph: Any, inputs: Any) -> Any:
         sdpa = (
@@ -240,15 +272,29 @@ def compile_only(
         capture.sdpa_calls += sum(node.target in sdpa for node in graph.graph.nodes)
         return compile_fx(graph, inputs, inner_compile=inner)
 
+    def compile(function: Any, *, dynamic: bool | None = None, **_: Any) -> Any:
+        return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+
+    return compile
+
+
+@contextlib.contextmanager
+def lowering(capture: Capture, examine: Examine, options: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """While graphs are lowered: as ``compile_only`` says."""
+    from torch._inductor import config
+
     with (
         config.patch({**CONFIG, **(options or {})}),
         candidates(torch.device("cuda"), options or {}),
-        _counting_bytes(),
         _lowered_graphs(capture, examine),
     ):
-        torch.compile(module, backend=backend, fullgraph=True, dynamic=False)(*arguments)
-    capture.inductor_bytes = metrics.num_bytes_accessed
-    return capture
+        yield
+
+
+def hash_of_source(source: str) -> str:
+    """The same for the same generated code: without comments, which hold paths, and without the code that times it."""
+    code = source.partition("\ndef get_args():")[0].splitlines()
+    return hashlib.sha256("\n".join(line for line in code if not line.startswith("#")).encode()).hexdigest()[:16]
 
 
 def _stand_in(outputs: list[Any]) -> Any:
@@ -286,7 +332,7 @@ def _counting_bytes() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lowered_graphs(capture: Capture, examine: Any) -> Iterator[None]:
+def _lowered_graphs(capture: Capture, examine: Examine) -> Iterator[None]:
     from torch._inductor.graph import GraphLowering
 
     sources: list[str] = []

@@ -93,6 +93,8 @@ class Report:
     """Inductor's own count, ``num_bytes_accessed``: a view is charged as its whole buffer at most."""
     seconds: float
     """Spent compiling."""
+    source: str = ""
+    """Hash of the generated code, wrapper and kernels."""
 
     @property
     def triton(self) -> tuple[Launch, ...]:

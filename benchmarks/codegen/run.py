@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.codegen import shim
 from benchmarks.codegen.cases import Case
@@ -61,25 +62,35 @@ def ask(cases: Sequence[Case], device: str = "h100", *, real: bool = False) -> l
     if reason := unavailable():
         raise CodegenError(reason)
     request = {"device": device, "real": real, "cases": [dataclasses.asdict(case) for case in cases]}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "answers.json"
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.codegen.worker", str(out)]
-        child = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=_environment(real),
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=60 + SECONDS_A_CASE * len(cases),
-        )
-        if child.returncode or not out.is_file():
-            raise CodegenError(f"the compiling process exited {child.returncode}:\n{child.stderr[-4000:]}")
-        answers = json.loads(out.read_text())
+    answers = run_worker(
+        "benchmarks.codegen.worker", request, environment(real), seconds=60 + SECONDS_A_CASE * len(cases)
+    )
     return [Report.from_dict(a["report"]) if "report" in a else a["error"] for a in answers]
 
 
-def _environment(real: bool) -> dict[str, str]:
+def run_worker(module: str, request: Any, environment: dict[str, str], *, seconds: float) -> Any:
+    """Give a request to a process of its own, as JSON on its standard input, and read its answer from a file.
+
+    Raises:
+        CodegenError: it failed; with the end of what it said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "answer.json"
+        child = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", module, str(out)],
+            cwd=ROOT,
+            env=environment,
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+        if child.returncode or not out.is_file():
+            raise CodegenError(f"the compiling process exited {child.returncode}:\n{child.stderr[-4000:]}")
+        return json.loads(out.read_text())
+
+
+def environment(real: bool) -> dict[str, str]:
     """The child's: triton's own assembler, no GPU unless it is asked for, no settings of the caller's compiler."""
     from benchmarks.codegen.resources import tool
 

@@ -82,12 +82,13 @@ def compile_case(case: Case, device: str, *, real: bool) -> Report:
         case=case.name,
         device=device,
         layers=case.layers,
-        versions=_versions(),
+        versions=versions(),
         real=real,
         launches=_launches(*capture.graphs[0]),
         graphs=len(capture.graphs),
         inductor_bytes=capture.inductor_bytes,
         seconds=round(seconds, 2),
+        source=inductor.hash_of_source(capture.graphs[0][0]),
     )
     check(report, sdpa_calls=capture.sdpa_calls)
     return report
@@ -112,7 +113,7 @@ def check(report: Report, *, sdpa_calls: int) -> None:
             raise CodegenError(f"{report.case}: {launch.name} was generated but not compiled")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     import triton
 
     return {

@@ -282,7 +282,8 @@ def test_an_unknown_device_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "device", ["a100", *(pytest.param(name, marks=pytest.mark.slow) for name in ("h200", "l40s", "rtx4090"))]
+    "device",
+    ["a100", *(pytest.param(name, marks=pytest.mark.slow) for name in ("h200", "l40s", "rtx4090", "rtx3060", "b200"))],
 )
 def test_other_devices(compiler: None, device: str) -> None:
     known = Case(name="known", build="tests.benchmarks.planted:known", arguments={"rows": 100, "width": 256})

@@ -179,7 +179,7 @@ class Capture:
             if hasattr(dynamo_config, "allow_ignore_mark_dynamic"):  # after a break a size may no longer be symbolic
                 stack.enter_context(dynamo_config.patch(allow_ignore_mark_dynamic=True))
             stack.enter_context(self._lowering())
-            stack.enter_context(_unbacked_sizes_of_fake_tensors())
+            stack.enter_context(unbacked_sizes_of_fake_tensors())
             stack.enter_context(_listening(self._heard_of_a_break))
             self.called([])
             self.recompiles.clear()
@@ -321,7 +321,7 @@ def _kept_counters() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _unbacked_sizes_of_fake_tensors() -> Iterator[None]:
+def unbacked_sizes_of_fake_tensors() -> Iterator[None]:
     """Where a size of a fake tensor is marked unbacked, torch 2.13 takes it, and all others of the tensor, for fixed.
 
     It reads them as symbols of another graph, which these are not: so they are treated as a real tensor's are.
@@ -372,4 +372,4 @@ def _listening(heard: Callable[[str], None]) -> Iterator[None]:
         log.propagate = propagates
 
 
-__all__ = ["PHASES", "Capture", "Clock"]
+__all__ = ["PHASES", "Capture", "Clock", "unbacked_sizes_of_fake_tensors"]
