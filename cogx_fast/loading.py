@@ -13,6 +13,7 @@ from torch import nn
 from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.costs import count_tokens, default_video
 from cogx_fast.model.backends import get_backend
+from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
 from cogx_fast.runtime.choice import choose_attention
 from cogx_fast.runtime.upstream import model_class
 from cogx_fast.weights.checkpoint import load_checkpoint
@@ -60,7 +61,8 @@ def load(
             ours, whose weights are shared (``weights.live.adopt``).
         config: for files without a ``config.json`` beside them, or in its place: a configuration, a mapping, a path, or
             the name of a released model ("5b").
-        dtype: of all weights, a ``torch.dtype`` or its name ("bf16", "fp16", "fp32"); None keeps them as stored.
+        dtype: of all weights, a ``torch.dtype`` or its name ("bf16", "fp16", "fp32"); None keeps them as stored. Where
+            the model is to run on a CPU that has no instructions for it, a ``SlowDtypeWarning`` says so.
         device: where the weights go; None means the CPU for files, and where they are for a live model. On the CPU,
             tensors that need no change stay mapped from the files (as diffusers does): do not write to a file in place
             while a model uses it (``save_pretrained`` does not).
@@ -174,6 +176,8 @@ def load_weights(
         model = load_checkpoint(found, build, dtype=wanted, device=home, check_finite=check_finite, prepare=prepare)
     model.eval()
     _set_attention(model, attention, compiled=compiled)
+    if place is not None or not torch.accelerator.is_available():  # else it may be on its way to another device
+        _warn_of_slow_dtype(model)
     return model
 
 
@@ -201,6 +205,13 @@ def _warn_if_slow(model: CogVideoXModel) -> None:
             "compiled: pass compile=True",
             stacklevel=3,
         )
+
+
+def _warn_of_slow_dtype(model: CogVideoXModel) -> None:
+    slow = slow_dtype(model.dtype, model.device)
+    if slow is not None:
+        text = f'{slow}. Use fp32: dtype="fp32", on the command line --dtype fp32'
+        warnings.warn(text, SlowDtypeWarning, stacklevel=1)  # of one place, not the caller's: Python shows it once
 
 
 def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
