@@ -7,12 +7,15 @@ above its row's by more than the margin, on a missing row and on a stale one; a 
 is reported and fails nothing, for on a busy machine it may be luck. A case that fails is measured again with twice the
 rounds before it counts. The table holds for the versions and the kind of machine that it names. One thread, so that
 neighbours on other cores matter less. Every run is added to the history (``environment.HISTORY``).
+
+With ``--int8`` it prints, in the gate's place, what int8-dynamic takes of fp32's time, both ours and compiled.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ from cogx_fast import bench, timing
 from cogx_fast.bench import OURS, PEER, Contest, Work
 from cogx_fast.config import PRESETS
 from cogx_fast.costs import Tokens
+from cogx_fast.loading import load
 from cogx_fast.terminal import Progress, table
 
 EXPECTED = Path(__file__).parent / "expected" / "timing.csv"
@@ -48,6 +52,31 @@ def cases() -> dict[str, Work]:
         "5b-small/fp32/eager": dataclasses.replace(work, dtype=torch.float32),
         "5b-small/bf16/compiled": dataclasses.replace(work, compile=True, peer_compile=True),
     }
+
+
+INT8 = {384: Tokens(text=16, grid=(4, 16, 32)), 1920: Tokens(text=16, grid=(4, 16, 16))}
+"""Tokens of a video by the width of the block: a small one, and 2b's."""
+
+
+def time_int8(rounds: int, progress: Progress) -> str:
+    """A table of int8-dynamic's compiled step against fp32's, in turns, at each width of ``INT8``."""
+    rows = []
+    for width, tokens in INT8.items():
+        config = dataclasses.replace(PRESETS["5b"], **_SMALL | {"num_attention_heads": width // 64, "num_layers": 1})
+        work = Work(config=config, tokens=tokens, dtype=torch.float32)
+        arguments = bench.call_arguments(config, tokens, work.batch, work.dtype, work.device)
+        models = {
+            quant or "fp32": load(bench.random_upstream(work), compile=True, quant=quant)
+            for quant in (None, "int8-dynamic")
+        }
+        steps = {name: functools.partial(bench.run, model, arguments) for name, model in models.items()}
+        timing.take_turns(steps, rounds=2)  # compiles
+        seconds = timing.take_turns(steps, rounds=rounds, on_round=progress.steps(f"width {width}", rounds))
+        milliseconds = (f"{1e3 * timing.median(each).median:.1f}" for each in seconds.values())
+        ratio = str(timing.ratio(seconds["int8-dynamic"], seconds["fp32"]))
+        rows.append((str(width), str(work.batch * tokens.joint), *milliseconds, ratio))
+    progress.clear()
+    return table(("width", "rows", "fp32, ms", "int8-dynamic, ms", "ratio (95 % confidence)"), rows)
 
 
 def measure(contest: Contest, rounds: int, progress: Progress | None = None) -> dict[str, Any]:
@@ -144,8 +173,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--accept", action="store_true", help="record the ratios as expected")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="steps of each, in turns (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their name")
+    parser.add_argument("--int8", action="store_true", help="time int8-dynamic against fp32, and nothing else")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if options.int8:
+        print(time_int8(options.rounds, Progress()))
+        return 0
     chosen = {name: work for name, work in cases().items() if options.only in name}
     expected = gate.read(EXPECTED) if EXPECTED.is_file() else {}
     progress = Progress()

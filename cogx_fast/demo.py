@@ -25,6 +25,7 @@ from cogx_fast.generation import (
     truncation_warning,
 )
 from cogx_fast.locate import locate_pipeline
+from cogx_fast.model.cpu import has_int8_products
 from cogx_fast.optional import require
 from cogx_fast.plots import Point, plot_speed
 from cogx_fast.runtime.compile import CompilationStats, watch_compilation
@@ -191,10 +192,19 @@ def render(result: DemoResult, request: Request, *, device: torch.device) -> str
             f"A step is one denoising step with guidance (batch 2). Medians of {timed} steps each: {result.rounds} "
             "run" + ("s" if result.rounds != 1 else "") + " of each in turns",
             "after a warm-up run of each, without the first step of every run.",
+            *_why_int8_is_slow(columns, device),
             "",
             *(f"{name:<{width}}{path}" for name, path in places),
         ]
     )  # fmt: skip
+
+
+def _why_int8_is_slow(columns: Sequence[Column], device: torch.device) -> list[str]:
+    if device.type != "cpu" or not any(column.setting.quant and column.ratio(columns[0]) > 1 for column in columns):
+        return []
+    if not has_int8_products():
+        return ["int8 is for GPUs: this CPU has no AVX512-VNNI, so its int8 values are multiplied in fp32, exactly."]
+    return ["int8 is for GPUs and wide models: at this width quantizing costs more than its faster products save."]
 
 
 def reads_digits(location: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import inspect
 import itertools
@@ -19,8 +20,11 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.costs import VideoSize
 from cogx_fast.locate import Model, read_stored_weights
 from cogx_fast.model.backends import get_backend
+from cogx_fast.model.cpu import HALF, computes, slow_dtype
 from cogx_fast.optional import require
 from cogx_fast.video import Frames
+from cogx_fast.weights.headers import FLOATING
+from cogx_fast.weights.sources import resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,7 +45,8 @@ class Setting:
 
     transformer: TransformerName = OURS
     dtype: torch.dtype | None = None
-    """Of every part of the pipeline; None is the transformer's stored one."""
+    """Of every part of the pipeline; None is the transformer's stored one, or fp32 on a CPU that has no instructions
+    for that (``dtype_warning``)."""
     compile: bool = False
     """Compile it on its first call: ours by ``CompileConfig()``, diffusers' by ``torch.compile(fullgraph=True)``."""
     attention: str = "auto"
@@ -131,6 +136,21 @@ def overflow_warning(config: TransformerConfig, dtype: torch.dtype | None) -> st
     return "fp16 overflows in CogVideoX 5b and 1.5 models (black or broken videos): use --dtype bf16, their own"
 
 
+def dtype_warning(model: Model, setting: Setting, device: torch.device) -> str | None:
+    """What to tell whose setting names no dtype, where the stored one is not taken; None where it is.
+
+    Raises:
+        ValueError, OSError: the weights' files cannot be had or read.
+    """
+    if setting.dtype is not None or device.type != "cpu" or all(map(computes, HALF)):
+        return None
+    weights = model.weights or resolve(str(model.location)).weights  # a hub id's may not be here yet
+    stored = read_stored_weights(dataclasses.replace(model, weights=weights))
+    dtypes = () if stored is None else stored.dtypes
+    slow = slow_dtype(next((FLOATING[name] for name in dtypes if name in FLOATING), None), device)
+    return slow and f"{slow}. The weights are stored so: it runs in fp32, unless --dtype says otherwise"
+
+
 def open_pipeline(model: Model, setting: Setting, *, device: torch.device) -> Any:
     """A diffusers pipeline of the model's class, with the transformer that the setting asks for in it.
 
@@ -149,15 +169,17 @@ def open_pipeline(model: Model, setting: Setting, *, device: torch.device) -> An
 
     assert model.location is not None
     pipeline_class = getattr(diffusers, str(model.pipeline_class))
+    stored = stored_dtype(model) if setting.transformer == UPSTREAM and setting.dtype is None else None
+    chosen = setting.dtype if dtype_warning(model, setting, device) is None else torch.float32
     if setting.transformer == UPSTREAM:
-        dtype = setting.dtype or stored_dtype(model)
+        dtype = chosen or stored
         pipe = pipeline_class.from_pretrained(model.location, torch_dtype=dtype).to(device)
         if setting.compile:
             pipe.transformer.compile(fullgraph=True)
         return quiet(pipe)
     transformer = load(
         model.location,
-        dtype=setting.dtype,
+        dtype=chosen,
         device=device,
         attention=setting.attention,
         attention_plan=setting.attention_plan,
@@ -301,6 +323,6 @@ def _synchronize(device: torch.device) -> None:
 
 __all__ = [
     "DTYPES", "OURS", "UPSTREAM", "Request", "Run", "Setting", "TransformerName", "check_pipeline", "choose_device",
-    "length_warning", "median_step", "open_pipeline", "overflow_warning", "quiet", "read_image", "run_pipeline",
-    "stored_dtype", "takes_quant", "truncation_warning",
+    "dtype_warning", "length_warning", "median_step", "open_pipeline", "overflow_warning", "quiet", "read_image",
+    "run_pipeline", "stored_dtype", "takes_quant", "truncation_warning",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from torch import nn
 from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.costs import count_tokens, default_video
 from cogx_fast.model.backends import get_backend
+from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
 from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.choice import choose_attention
 from cogx_fast.runtime.source import check_source
@@ -63,7 +64,8 @@ def load(
             is attached to it (hooks, patches, processors) is refused by name (``runtime.source``).
         config: for files without a ``config.json`` beside them, or in its place: a configuration, a mapping, a path, or
             the name of a released model ("5b").
-        dtype: of all weights, a ``torch.dtype`` or its name ("bf16", "fp16", "fp32"); None keeps them as stored.
+        dtype: of all weights, a ``torch.dtype`` or its name ("bf16", "fp16", "fp32"); None keeps them as stored. Where
+            the model is to run on a CPU that has no instructions for it, a ``SlowDtypeWarning`` says so.
         device: where the weights go; None means the CPU for files, and where they are for a live model. On the CPU,
             tensors that need no change stay mapped from the files (as diffusers does): do not write to a file in place
             while a model uses it (``save_pretrained`` does not).
@@ -186,6 +188,8 @@ def load_weights(
         model.register_to_config(_name_or_path=str(source))
     model.eval()
     _set_attention(model, attention, compiled=compiled)
+    if place is not None or not torch.accelerator.is_available():  # else it may be on its way to another device
+        _warn_of_slow_dtype(model)
     return model
 
 
@@ -213,6 +217,13 @@ def _warn_if_slow(model: CogVideoXModel) -> None:
             "compiled: pass compile=True",
             stacklevel=3,
         )
+
+
+def _warn_of_slow_dtype(model: CogVideoXModel) -> None:
+    slow = slow_dtype(model.dtype, model.device)
+    if slow is not None:
+        text = f'{slow}. Use fp32: dtype="fp32", on the command line --dtype fp32'
+        warnings.warn(text, SlowDtypeWarning, stacklevel=1)  # of one place, not the caller's: Python shows it once
 
 
 def read_dtype(dtype: torch.dtype | str) -> torch.dtype:

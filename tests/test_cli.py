@@ -17,6 +17,7 @@ from cogx_fast.cli.output import quiet_libraries
 from cogx_fast.config import PRESETS
 from cogx_fast.costs import VideoSize
 from cogx_fast.generation import Request
+from cogx_fast.model import cpu
 from cogx_fast.video import read_video
 from tests.conftest import Finished, report, run_cli
 
@@ -51,6 +52,18 @@ def test_generate_writes_the_video_that_was_asked_for(tmp_path: Path) -> None:
     assert 0 < facts["seconds"]["median_step"] < facts["seconds"]["total"]
 
 
+@pytest.fixture
+def with_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that has instructions for bf16, whatever this one has."""
+    monkeypatch.setattr(cpu, "_ask_onednn", lambda _: True)
+
+
+@pytest.fixture
+def without_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_ask_onednn", lambda _: False)
+
+
+@pytest.mark.usefixtures("with_half_precision")
 def test_every_option_reaches_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Stop(Exception):
         pass
@@ -79,6 +92,31 @@ def test_every_option_reaches_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert dtypes == [torch.bfloat16]  # unless told otherwise
 
 
+@pytest.mark.usefixtures("without_half_precision")
+def test_generate_takes_fp32_where_the_cpu_lacks_the_stored_dtype(tmp_path: Path) -> None:
+    finished = generate(tmp_path / "video.mp4", "--frames", "1", "--json")
+    facts = report(finished)
+    assert facts["dtype"] == "fp32"
+    assert facts["warnings"] == [finished.err.removeprefix("warning: ").rstrip("\n")]
+    assert "no bf16 instructions" in facts["warnings"][0]
+    assert "it runs in fp32, unless --dtype says otherwise" in facts["warnings"][0]
+
+
+@pytest.mark.usefixtures("without_half_precision")
+def test_a_dtype_that_is_asked_for_is_taken_with_a_warning(tmp_path: Path) -> None:
+    finished = generate(tmp_path / "video.mp4", "--frames", "1", "--dtype", "bf16", "--json")
+    assert report(finished)["dtype"] == "bf16"
+    assert finished.err.count("\n") == 1
+    assert finished.err.startswith("warning: this CPU has no bf16 instructions")
+    assert "--dtype fp32" in finished.err
+
+
+@pytest.mark.usefixtures("without_half_precision")
+def test_quantizing_computes_nothing_in_the_weights_dtype(tmp_path: Path) -> None:
+    finished = run_cli("quantize", "tiny", "--recipe", "int8-weight-only", "--out", tmp_path / "int8")
+    assert (finished.status, finished.err) == (0, "")
+
+
 def test_generate_is_what_diffusers_generates(tmp_path: Path) -> None:
     from diffusers import CogVideoXPipeline
 
@@ -96,6 +134,7 @@ def test_generate_is_what_diffusers_generates(tmp_path: Path) -> None:
     assert np.abs(ours.astype(int) - theirs).max() <= 8
 
 
+@pytest.mark.usefixtures("with_half_precision")
 def test_generate_in_bf16_and_in_words(tmp_path: Path) -> None:
     finished = generate(
         tmp_path / "video.mp4",

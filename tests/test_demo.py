@@ -10,6 +10,7 @@ import torch
 
 from cogx_fast import demo as module
 from cogx_fast.assets import CHECKSUMS, digits, tiny_pipeline_dir
+from cogx_fast.costs import VideoSize
 from cogx_fast.demo import Column, DemoResult
 from cogx_fast.generation import Request, Setting
 from cogx_fast.video import read_video
@@ -117,3 +118,19 @@ def test_int8_is_a_column_where_it_is_offered(monkeypatch: pytest.MonkeyPatch) -
     assert names() == ["diffusers", "cogx_fast", "cogx_fast, int8"]
     assert names(compile=False) == ["diffusers", "cogx_fast"]
     assert module.settings(dtype=torch.float32)["cogx_fast, int8"].quant == "int8-dynamic"
+
+
+@pytest.mark.parametrize("has_products", [False, True])
+def test_it_says_why_int8_is_not_for_this_cpu(has_products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def text(int8: float, device: str = "cpu") -> str:
+        quantized = column("int8", setting=Setting(quant="int8-dynamic"), seconds_per_step=int8)
+        result = DemoResult(columns=(column("diffusers"), quantized), rounds=1, files={}, warnings=())
+        request = Request(prompt="a six", size=VideoSize(frames=17, height=64, width=64))
+        monkeypatch.setattr(module, "_where", lambda *_: device)
+        return module.render(result, request, device=torch.device(device))
+
+    monkeypatch.setattr(module, "has_int8_products", lambda: has_products)
+    assert ("no AVX512-VNNI" in text(0.03)) is not has_products
+    assert "int8 is for GPUs" in text(0.03)
+    assert "int8 is for GPUs" not in text(0.01)
+    assert "int8 is for GPUs" not in text(0.03, "cuda")

@@ -13,6 +13,7 @@ from cogx_fast.generation import (
     Request,
     Run,
     Setting,
+    dtype_warning,
     median_step,
     open_pipeline,
     overflow_warning,
@@ -20,6 +21,7 @@ from cogx_fast.generation import (
     takes_quant,
 )
 from cogx_fast.locate import locate_pipeline
+from cogx_fast.model import cpu
 
 REQUEST = Request(prompt="a seven", size=VideoSize(frames=1, height=64, width=64), steps=2)
 
@@ -85,6 +87,21 @@ def test_diffusers_transformer_can_be_had_too(monkeypatch: pytest.MonkeyPatch) -
     assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="does not say in which dtype"):
         open_pipeline(dataclasses.replace(model, weights=None), Setting(transformer="diffusers"), device=cpu)
+
+
+def test_fp32_stands_in_for_what_the_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cpu_device = locate_pipeline("tiny"), torch.device("cpu")
+    monkeypatch.setattr(cpu, "_ask_onednn", lambda dtype: dtype == torch.float16)
+    for setting in (Setting(), Setting(transformer="diffusers")):
+        assert "no bf16 instructions" in str(dtype_warning(model, setting, cpu_device))
+        assert open_pipeline(model, setting, device=cpu_device).transformer.dtype == torch.float32
+    remote = dataclasses.replace(model, weights=None)  # as a hub id that is not here yet
+    assert dtype_warning(remote, Setting(), cpu_device) is not None
+    assert dtype_warning(model, Setting(dtype=torch.bfloat16), cpu_device) is None
+    assert dtype_warning(model, Setting(), torch.device("cuda")) is None
+    monkeypatch.setattr(cpu, "_ask_onednn", lambda dtype: dtype == torch.bfloat16)
+    assert dtype_warning(model, Setting(), cpu_device) is None
+    assert open_pipeline(model, Setting(), device=cpu_device).transformer.dtype == torch.bfloat16
 
 
 def test_settings_that_cannot_be() -> None:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ import torch
 import cogx_fast
 from cogx_fast.costs import count_tokens, default_video
 from cogx_fast.loading import read_device, read_dtype
+from cogx_fast.model import cpu
+from cogx_fast.model.cpu import SlowDtypeWarning
 from cogx_fast.runtime.choice import Choice
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
 from tests.support import inputs, relative_error, small, upstream
@@ -52,6 +55,46 @@ def test_cuda_without_one(tmp_path, source):
 
 def test_device_by_name():
     assert read_device("cpu") == torch.device("cpu")
+
+
+@pytest.fixture
+def without_half_precision(monkeypatch):
+    monkeypatch.setattr(cpu, "_ask_onednn", lambda _: False)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.usefixtures("without_half_precision")
+def test_a_dtype_that_the_cpu_lacks_is_said_in_a_line(source, dtype, tmp_path):
+    source.save_pretrained(tmp_path)
+    for thing in (source, tmp_path):
+        with pytest.warns(SlowDtypeWarning) as caught:
+            cogx_fast.load(thing, dtype=dtype, device="cpu")
+        assert [str(each.message) for each in caught] == [
+            f"this CPU has no {dtype} instructions: torch computes {dtype} by plain loops, many times slower. "
+            'Use fp32: dtype="fp32", on the command line --dtype fp32'
+        ]
+
+
+@pytest.mark.usefixtures("without_half_precision")
+def test_what_may_go_to_another_device_is_not_warned_of(source, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cogx_fast.load(source, dtype="bf16")
+        cogx_fast.load(source, dtype="fp32", device="cpu")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.warns(SlowDtypeWarning):
+        cogx_fast.load(source.bfloat16())
+
+
+def test_python_shows_it_once():
+    code = (
+        "import cogx_fast\nfrom cogx_fast.model import cpu\ncpu._ask_onednn = lambda _: False\n"
+        "from tests.support import small\nmodel = cogx_fast.runtime.module.CogVideoXModel(small('5b'))\n"
+        "cogx_fast.load(model, dtype='bf16')\ncogx_fast.load(model, dtype='bf16')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr.count("no bf16 instructions") == 1
 
 
 def test_attention(source):

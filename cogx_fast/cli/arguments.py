@@ -49,7 +49,9 @@ def add_video(command: argparse.ArgumentParser) -> None:
     add_sampling(command, steps=50)
     add_size(command)
     command.add_argument("--fps", type=count, help="frames a second (default: 8, for CogVideoX 1.5: 16)")
-    command.add_argument("--dtype", choices=DTYPE_NAMES, help="default: as the weights are stored")
+    command.add_argument(
+        "--dtype", choices=DTYPE_NAMES, help="default: as the weights are stored; fp32 on a CPU that lacks theirs"
+    )
     add_running(command, compile_default=None, compile_help="compile the transformer (default: on CUDA)")
     command.add_argument(
         "--attention-plan", metavar="PLAN", help="sparse attention: radial, tiles, or a file of `cogx-fast plan`"

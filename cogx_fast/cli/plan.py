@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogx_fast.cli.arguments import DTYPE_NAMES, MODEL_HELP, add_command, add_sampling, add_size, count
-from cogx_fast.cli.output import quiet_bars
+from cogx_fast.cli.output import quiet_bars, warn
 from cogx_fast.terminal import Progress, table
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def add(commands: Any) -> None:
         "--tile", type=count, nargs=2, default=(2, 8), metavar=("FRAMES", "ROWS"),
         help="frames and rows of a block (default: 2 8)",
     )  # fmt: skip
-    command.add_argument("--dtype", choices=DTYPE_NAMES, help="default: as the weights are stored")
+    command.add_argument(
+        "--dtype", choices=DTYPE_NAMES, help="default: as the weights are stored; fp32 on a CPU that lacks theirs"
+    )
     command.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
 
 
@@ -75,7 +77,10 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     progress.stage(f"loading {arguments.model}")
     dtype = None if arguments.dtype is None else generation.DTYPES[arguments.dtype]
     setting = generation.Setting(dtype=dtype, attention="sdpa")
-    pipe = generation.open_pipeline(model, setting, device=generation.choose_device(arguments.device))
+    place = generation.choose_device(arguments.device)
+    pipe = generation.open_pipeline(model, setting, device=place)
+    notes = list(filter(None, [generation.dtype_warning(model, setting, place)]))
+    warn(notes, progress)
     finding = find_plan(
         pipe,
         requests,
@@ -99,6 +104,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         "head_errors": finding.head_errors_LN.tolist(),
         "block_errors": finding.block_errors_L.tolist(),
         "patterns": _patterns(finding),
+        "warnings": notes,
     }
     return report, _render(report)
 

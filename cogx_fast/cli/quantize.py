@@ -47,10 +47,13 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         return search.run(arguments, progress)
     import quant
     from cogx_fast.loading import load
+    from cogx_fast.model.cpu import SlowDtypeWarning
 
     recipe = quant.load_recipe(arguments.recipe)
     progress.stage(f"loading {arguments.model}")
-    model = load(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SlowDtypeWarning)  # it is written, not run
+        model = load(arguments.model, dtype=arguments.dtype, device=arguments.device)
     progress.stage(f"quantizing with {recipe.name}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

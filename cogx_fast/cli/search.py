@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogx_fast.cli.output import finite, quiet_bars
+from cogx_fast.cli.output import finite, quiet_bars, warn
 from cogx_fast.terminal import Progress, table
 
 if TYPE_CHECKING:
@@ -62,7 +62,10 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     progress.stage(f"loading {arguments.model}")
     dtype = None if arguments.dtype is None else generation.DTYPES[arguments.dtype]
     setting = generation.Setting(dtype=dtype, attention="sdpa")
-    pipe = generation.open_pipeline(model, setting, device=generation.choose_device(arguments.device))
+    place = generation.choose_device(arguments.device)
+    pipe = generation.open_pipeline(model, setting, device=place)
+    notes = list(filter(None, [generation.dtype_warning(model, setting, place)]))
+    warn(notes, progress)
     samples = _samples(pipe, requests, arguments, out.with_suffix(".calibration.safetensors"), progress)
     size = choose_video(model.config, frames=None, height=None, width=None, spatial_factor=model.spatial_factor)
     bar = progress.steps("measuring linears", 1)
@@ -88,7 +91,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         on_mix=lambda number: progress.stage(f"measuring mix {number}"),
     )
     out.write_text(outcome.recipe.to_toml(), encoding="utf-8")
-    report = _report(arguments, outcome, pipe.transformer, len(samples))
+    report = _report(arguments, outcome, pipe.transformer, len(samples)) | {"warnings": notes}
     if arguments.check:
         progress.stage("comparing a video")
         report["video_psnr_db"] = finite(_check(pipe, outcome, requests[0]))

@@ -49,6 +49,7 @@ class Task:
         from cogx_fast import generation
 
         notes = [
+            generation.dtype_warning(self.model, self.setting, self.device),
             generation.length_warning(self.model.config, self.request.size),
             generation.overflow_warning(self.model.config, pipe.transformer.dtype),
             generation.truncation_warning(pipe, self.request.prompt),

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogx_fast.model.cpu import has_int8_products
+
 
 def project(linear: Any, x: Tensor, *, gelu: bool = False, reduced_next: bool = False) -> Tensor:
     """``linear(x)``, with the tanh-GELU behind it where asked for.
@@ -31,7 +33,7 @@ def project(linear: Any, x: Tensor, *, gelu: bool = False, reduced_next: bool = 
     x_RD = x.flatten(0, -2)
     weight_OD = _weight(linear, x)
     if weight_OD is None:
-        out_RO = linear(x_RD)
+        out_RO = _product_of_int8_in_fp32(linear, x_RD) if _lacks_int8_products(linear, x) else linear(x_RD)
     elif gelu and _takes_gelu(linear, x):
         out_RO, gelu = torch._addmm_activation(linear.bias, x_RD, weight_OD.t(), use_gelu=True), False
     else:
@@ -54,9 +56,7 @@ def is_int8_dynamic(module: nn.Module) -> bool:
 
 def _weight(linear: Any, x: Tensor) -> Tensor | None:
     """The weight as the product needs it, or None: call the linear, which is wrapped, hooked or does more."""
-    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
-        return None
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+    if not _is_plain(linear):
         return None
     weight: Tensor = linear.weight
     if not weight.is_cuda or weight.dtype != x.dtype:
@@ -64,6 +64,51 @@ def _weight(linear: Any, x: Tensor) -> Tensor | None:
     if not hasattr(type(weight), "__tensor_flatten__"):  # else it is made of others: quantized, distributed
         return weight
     return weight.dequantize() if _is_weight_only(weight) else None
+
+
+def _is_plain(linear: Any) -> bool:
+    """Whether calling it is a product and nothing else."""
+    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+        return False
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return not any(hooks)
+
+
+def _lacks_int8_products(linear: Any, x: Tensor) -> bool:
+    """Whether it is a product of int8 by int8 that the CPU computes by plain loops, or wrongly."""
+    return (
+        x.device.type == "cpu"
+        and is_int8_dynamic(linear)
+        and _is_plain(linear)
+        and linear.weight.act_pre_scale is None
+        and linear.weight.act_quant_kwargs.mapping_type.name == "SYMMETRIC"
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.is_autocast_enabled("cpu")
+        and not has_int8_products()
+    )
+
+
+def _product_of_int8_in_fp32(linear: Any, x_RD: Tensor) -> Tensor:
+    """What torchao computes, step by step, but for the product: the int8 values are multiplied as fp32.
+
+    Products of int8 values are exact in fp32, and so are their sums up to 2²⁴; beyond, each addition rounds to 24 bits,
+    as the sum itself does when torchao scales it. The weight is converted at each call, which takes the time of some
+    hundred rows, and leaves no copy of four times the bytes to keep and to keep true.
+    """
+    weight: Any = linear.weight
+    how = weight.act_quant_kwargs
+    rows = type(weight).from_hp(
+        x_RD,
+        granularity=how.granularity,
+        mapping_type=how.mapping_type,
+        scale=weight.act_quant_scale,
+        zero_point=weight.act_quant_zero_point,
+        reduce_range=how.reduce_range,
+    )
+    sums_RO = rows.qdata.float() @ weight.qdata.float().t()
+    scaled_RO = (sums_RO * rows.scale.reshape(-1, 1).float()).to(x_RD.dtype)
+    out_RO = scaled_RO * weight.scale.flatten()
+    return (out_RO if linear.bias is None else out_RO + linear.bias).to(x_RD.dtype)
 
 
 def _is_weight_only(weight: Tensor) -> bool:

@@ -171,6 +171,8 @@ def describe(model: CogVideoXModel, config: CompileConfig) -> dict[str, Any]:
         "versions": {**describe_versions(), "python": platform.python_version(), "triton": _triton_version()},
         "device": {**describe_device(model.device), "index": model.device.index},  # which generated code names
         "environment": sys.prefix if model.device.type == "cpu" else None,  # its C++ libraries are named after it
+        # Its kernels are written for one width, which ATEN_CPU_CAPABILITY can change; torch's own cache does not look.
+        "vectors": torch.backends.cpu.get_cpu_capability() if model.device.type == "cpu" else None,
         "config": hash_config(model.config),
         "compile": {key: _plain(value) for key, value in dataclasses.asdict(config).items()},
         "attention": sorted(model.attention_backends),

@@ -130,6 +130,7 @@ def refused(model: CogVideoXModel, path: Path) -> str:
         ("versions.cogx_fast", "0.0.1"),
         ("device.type", "cuda"),
         ("device.instructions", "sse"),
+        ("vectors", "DEFAULT"),
         ("config", "0" * 64),
         ("compile.mode", "max-autotune"),
         ("attention", ["flex"]),
