@@ -117,6 +117,8 @@ class Engine:
             [replace(each, remedy="take it away first, and put it there again afterwards") for each in found],
             "compiling, or running eagerly again, replaces what stands over a block's forward",
         )
+        for _, block in wrapped:
+            del block.__dict__["forward"]  # its class's own, which a hook that was removed leaves behind
 
     # -- what is attached ---------------------------------------------------------------------------------------------
 
@@ -136,6 +138,8 @@ class Engine:
         placing = [replace(each, remedy=_INSTEAD) for each in inside if each.kind == "placing"]
         refuse(placing, f"{self._what} cannot be compiled as one graph with what moves or casts weights inside it")
         changed = inside != self._inside
+        if self._functions and not changed:
+            return
         if changed and self._earlier:
             there = f"there is now {named(inside)}" if inside else "nothing is there any more"
             self._tell(
@@ -143,7 +147,7 @@ class Engine:
                 "before the first call"
             )
         self._inside = inside
-        if self._scope_is_model and (changed or self._whole is None):
+        if self._scope_is_model:
             self._whole = self._compile(own(CogVideoXTransformer.forward))
         self._functions = [self._function(block) for _, block in self._blocks()]
         for layer, (_, block) in enumerate(self._blocks()):

@@ -469,6 +469,24 @@ def test_compiling_again_does_not_take_hooks_off() -> None:
     run(model)
 
 
+def test_blocks_that_had_a_hook_are_compiled() -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    from cogx_fast.runtime.compile import compile_model
+
+    class Mine(ModelHook):
+        pass
+
+    model = build()
+    for block in model.transformer_blocks:
+        HookRegistry.check_if_exists_or_initialize(block).register_hook(Mine(), "mine")
+        block._diffusers_hook.remove_hook("mine")
+    compile_model(model, SCOPES["block"])
+    with watch_compilation() as stats:
+        run(model)
+    assert stats.graphs == 1
+
+
 def test_layerwise_casting_leaves_the_modulation_as_diffusers_leaves_its_norms() -> None:
     from cogx_fast.weights.layout import slots
 
