@@ -70,6 +70,7 @@ def attention_kernels(journal: Journal) -> Counter[str]:
         "flash-backward": "flash_bwd_dq_dk_dv", "efficient-backward": "fmha_cutlassB",
     }  # fmt: skip
     counted = {kind: sum(word in line for line in journal.lines) for kind, word in kinds.items()}
+    counted["flash"] -= sum("flash_fwd_splitkv_combine" in line for line in journal.lines)  # a launch of its own
     counted["flex"] = sum("triton_tem" in line and "flex_attention" in line for line in journal.lines)
     return Counter({kind: count for kind, count in counted.items() if count})
 
