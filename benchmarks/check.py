@@ -54,17 +54,18 @@ def cases() -> dict[str, Work]:
     }
 
 
-INT8 = {384: Tokens(text=16, grid=(4, 16, 32)), 1920: Tokens(text=16, grid=(4, 16, 16))}
-"""Tokens of a video by the width of the block: a small one, and 2b's."""
+INT8_WIDTHS = (384, 1920)
+"""Of a block: a small one's, and 2b's."""
+INT8_TOKENS = Tokens(text=16, grid=(4, 8, 16))
 
 
 def time_int8(rounds: int, progress: Progress) -> str:
-    """A table of int8-dynamic's compiled step against fp32's, in turns, at each width of ``INT8``."""
+    """A table of int8-dynamic's compiled step against fp32's, in turns, at each of ``INT8_WIDTHS``."""
     rows = []
-    for width, tokens in INT8.items():
+    for width in INT8_WIDTHS:
         config = dataclasses.replace(PRESETS["5b"], **_SMALL | {"num_attention_heads": width // 64, "num_layers": 1})
-        work = Work(config=config, tokens=tokens, dtype=torch.float32)
-        arguments = bench.call_arguments(config, tokens, work.batch, work.dtype, work.device)
+        work = Work(config=config, tokens=INT8_TOKENS, dtype=torch.float32)
+        arguments = bench.call_arguments(config, work.tokens, work.batch, work.dtype, work.device)
         models = {
             quant or "fp32": load(bench.random_upstream(work), compile=True, quant=quant)
             for quant in (None, "int8-dynamic")
@@ -74,7 +75,7 @@ def time_int8(rounds: int, progress: Progress) -> str:
         seconds = timing.take_turns(steps, rounds=rounds, on_round=progress.steps(f"width {width}", rounds))
         milliseconds = (f"{1e3 * timing.median(each).median:.1f}" for each in seconds.values())
         ratio = str(timing.ratio(seconds["int8-dynamic"], seconds["fp32"]))
-        rows.append((str(width), str(work.batch * tokens.joint), *milliseconds, ratio))
+        rows.append((str(width), str(work.batch * work.tokens.joint), *milliseconds, ratio))
     progress.clear()
     return table(("width", "rows", "fp32, ms", "int8-dynamic, ms", "ratio (95 % confidence)"), rows)
 
