@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -61,14 +62,14 @@ def core_call(name: str, backend: str = "sdpa") -> tuple[Any, dict[str, Any]]:
     handed: dict[str, Any] = {}
     names = ("latents_BFCHW", "text_BTE", "timestep_B", "ofs_B", "rotary", "position_1SD", "mask")
 
-    def record(*arguments: Any) -> Tensor:
-        handed.update(zip(names, arguments, strict=True))
-        return CogVideoXTransformer.forward(model, *arguments)
+    traced = CogVideoXTransformer.forward
 
-    model._compiled = record
-    with torch.no_grad():
+    def record(self: CogVideoXTransformer, *arguments: Any) -> Tensor:
+        handed.update(zip(names, arguments, strict=True))
+        return traced(self, *arguments)
+
+    with torch.no_grad(), mock.patch.object(CogVideoXTransformer, "forward", record):
         model(**inputs(both.config))
-    model._compiled = None
     return model, handed
 
 
