@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = ROOT / "benchmarks" / "expected" / "gpu-support.csv"
 DOCS = ROOT / "docs" / "gpu-support.md"
 COMPILES = "compiles"
+UNKNOWN = "not compiled yet"
 SHOWN = ("a100", "rtx3060", "rtx4090", "h100", "b200")
 """In the table, by age."""
 
@@ -82,15 +83,14 @@ def recorded() -> dict[str, dict[str, str]]:
 
 
 def accept(found: Outcomes) -> None:
-    """Record outcomes, and write the docs when every device has some; other devices keep theirs."""
+    """Record outcomes and write the docs; other devices keep theirs."""
     from benchmarks.codegen.worker import versions
 
     before = recorded() if EXPECTED.is_file() else {}
     merged = {name: {**before, **found}[name] for name in SHOWN if name in {**before, **found}}
     gate.write(EXPECTED, versions(), gate.rows(merged, {}))
-    if len(merged) == len(SHOWN):
-        DOCS.parent.mkdir(exist_ok=True)
-        DOCS.write_text(markdown(merged), encoding="utf-8")
+    DOCS.parent.mkdir(exist_ok=True)
+    DOCS.write_text(markdown(merged), encoding="utf-8")
 
 
 def markdown(found: Outcomes) -> str:
@@ -110,12 +110,11 @@ def markdown(found: Outcomes) -> str:
             **{f"`{name}`": _stated(name) for name in _library_backends()},
         }),
         "",
-        "+ needs an optional package, which the error names.",
-        *(f"{number} {reason}" for number, reason in enumerate(reasons, start=1)),
+        "- +: needs an optional package, which the error names.",
+        *([f"- –: {UNKNOWN}; `--only` takes one device."] if any(name not in found for name in SHOWN) else []),
+        *(f"- ({number}): {reason}." for number, reason in enumerate(reasons, start=1)),
     ]  # fmt: skip
-    return (
-        "\n".join(f"{line}  " if line[:2].rstrip().isdigit() or line.startswith("+") else line for line in lines) + "\n"
-    )
+    return "\n".join(lines) + "\n"
 
 
 def _table(title: str, rows: Mapping[str, Sequence[str]]) -> list[str]:
@@ -131,10 +130,13 @@ def _capability(device: Device) -> str:
 def _compiled(found: Outcomes, case: str, reasons: list[str]) -> list[str]:
     cells = []
     for name in SHOWN:
-        words = found[name][case]
-        if words != COMPILES and words not in reasons:
+        words = _unmet(CASES[case], DEVICES[name]) or found.get(name, {}).get(case, UNKNOWN)
+        if words in (COMPILES, UNKNOWN):
+            cells.append("yes" if words == COMPILES else "–")
+            continue
+        if words not in reasons:
             reasons.append(words)
-        cells.append("yes" if words == COMPILES else f"no ({reasons.index(words) + 1})")
+        cells.append(f"no ({reasons.index(words) + 1})")
     return cells
 
 
