@@ -122,7 +122,9 @@ class CogVideoXModel(InputPreparation):
             rotary,
             position,
             mask,
-        ).to(given)
+        )
+        if dtype != given:  # what was converted is converted back; under autocast the output has autocast's dtype
+            sample = sample.to(given)
         return self._output(sample) if return_dict else (sample,)
 
     def check_attached(self) -> None:
