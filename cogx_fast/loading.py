@@ -15,7 +15,7 @@ from cogx_fast.costs import count_tokens, default_video
 from cogx_fast.model.backends import get_backend
 from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
 from cogx_fast.runtime.attached import is_from
-from cogx_fast.runtime.choice import choose_attention
+from cogx_fast.runtime.choice import AttentionFor
 from cogx_fast.runtime.source import check_source
 from cogx_fast.runtime.upstream import model_class
 from cogx_fast.weights.checkpoint import load_checkpoint
@@ -71,8 +71,8 @@ def load(
             while a model uses it (``save_pretrained`` does not).
         attention: the attention backend, a name from ``cogx_fast.model.backends.BACKENDS``; or "auto": on CUDA the
             exact ones are timed once at the model's usual size and the answer is kept on disk; elsewhere sdpa,
-            and flex with a plan.
-            ``model.attention_choice`` says why.
+            and flex with a plan. A model that is moved to another device later (``pipe.to("cuda")``, offload)
+            chooses at its first call there. ``model.attention_choice`` says why.
         attention_plan: sparse attention (approximate): a file of `cogx-fast plan`, "radial", "tiles" or an
             ``AttentionPlan``. None is dense, or the plan of a live model of ours.
         compile: compile the model, with the default ``CompileConfig`` or a given one.
@@ -263,9 +263,9 @@ def _set_attention(model: CogVideoXModel, attention: str, *, compiled: bool) -> 
         config = model.config
         tokens = count_tokens(config, default_video(config)).joint
         shape = (_GUIDED_BATCH, tokens, config.num_attention_heads, config.attention_head_dim)
-        model.attention_choice = choose_attention(shape, model.dtype, model.device, compiled=compiled)
-        attention = model.attention_choice.name
-    model.set_attention_backend(attention)
+        model._choose_attention(AttentionFor(shape=shape, device=model.device, compiled=compiled))
+    else:
+        model.set_attention_backend(attention)
 
 
 def _home(source: nn.Module) -> torch.device:

@@ -10,6 +10,7 @@ from cogx_fast.costs import count_tokens, default_video
 from cogx_fast.loading import read_device, read_dtype
 from cogx_fast.model import cpu
 from cogx_fast.model.cpu import SlowDtypeWarning
+from cogx_fast.runtime import module
 from cogx_fast.runtime.choice import Choice
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
 from tests.support import inputs, relative_error, small, upstream
@@ -111,7 +112,7 @@ def test_auto_attention_is_chosen_for_the_models_usual_size(source, monkeypatch)
         asked.append((shape, dtype, device.type, compiled))
         return Choice(name="flex", reason="told to", milliseconds={})
 
-    monkeypatch.setattr(cogx_fast.loading, "choose_attention", choose)
+    monkeypatch.setattr(module, "choose_attention", choose)
     model = cogx_fast.load(source, dtype="bf16")
     tokens = count_tokens(model.config, default_video(model.config)).joint
     heads, width = model.config.num_attention_heads, model.config.attention_head_dim
@@ -121,6 +122,28 @@ def test_auto_attention_is_chosen_for_the_models_usual_size(source, monkeypatch)
     assert cogx_fast.load(source, attention="sdpa").attention_choice is None
     planned = cogx_fast.load(source, attention_plan="tiles")
     assert (set(planned.attention_backends), len(asked)) == ({"flex"}, 1)
+
+
+def test_auto_attention_is_chosen_again_where_the_model_is_called(source, monkeypatch):
+    """As after ``pipe.to("cuda")``, or with offload, for a model that was loaded to the CPU."""
+    asked = []
+
+    def choose(shape, dtype, device, *, compiled):
+        asked.append(device.type)
+        return Choice(name="sdpa-math" if device.type == "meta" else "sdpa", reason="told to", milliseconds={})
+
+    monkeypatch.setattr(module, "choose_attention", choose)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # torch knows none of the meta device
+    model = cogx_fast.load(source).to("meta")
+    for _ in range(2):
+        model(**inputs(model.config, device="meta"))
+    assert asked == ["cpu", "meta"]
+    assert set(model.attention_backends) == {"sdpa-math"}
+    named = cogx_fast.load(source)
+    named.set_attention_backend("sdpa")
+    named.to("meta")(**inputs(named.config, device="meta"))
+    assert set(named.attention_backends) == {"sdpa"}  # a named one stays
+    assert asked == ["cpu", "meta", "cpu"]
 
 
 def test_a_backend_that_cannot_run_here_is_refused(source):

@@ -23,6 +23,10 @@ _FLEX_OPTIONS = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd
 """For head widths up to 64, where the template's default needs 255 registers and spills (benchmarks/NOTES.md)."""
 
 
+_FLEX_OPTIONS_TURING = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_warps": 4, "fwd_num_stages": 1}
+"""Turing has 64 KiB of shared memory for a block, and no copies into it that overlap with products."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """One way to compute attention, and what it can do."""
@@ -44,6 +48,8 @@ class Backend:
     """Head widths it takes; None is all."""
     capabilities: tuple[int, ...] | None = None
     """Major compute capabilities of NVIDIA GPUs it runs on; None is all."""
+    bf16_anywhere: bool = False
+    """It takes bf16 on NVIDIA GPUs before compute capability 8.0, which have no instructions for it."""
     module: str | None = None
     """An optional package's module that it needs."""
     install: str = ""
@@ -60,6 +66,8 @@ class Backend:
             if major not in self.capabilities:
                 wanted = " or ".join(f"{capability}.x" for capability in self.capabilities)
                 return f"it needs a GPU of compute capability {wanted}, and this one has {major}.x"
+        if dtype == torch.bfloat16 and not self.bf16_anywhere and lacks_bf16(device):
+            return "it takes bfloat16 from compute capability 8.0 on: load the model in float16"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"it takes {' and '.join(map(_short, self.dtypes))}, and the model is in {_short(dtype)}"
         if self.head_dims is not None and head_dim not in self.head_dims:
@@ -67,6 +75,11 @@ class Backend:
         if self.module is not None and not _is_installed(self.module):
             return f"it needs the package {self.module}: {self.install}"
         return None
+
+
+def lacks_bf16(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU without instructions for bf16: Turing and older."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8
 
 
 def get_backend(name: str) -> Backend:
@@ -103,6 +116,11 @@ def _sdpa(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
     if q_BNSK.is_cuda and mask is not None and torch.is_grad_enabled():
         # cuDNN's kernel can make NaN of the queries' gradient where there is a mask (pytorch/pytorch#196678)
         return _without_cudnn(q_BNSK, k_BNSK, v_BNSK, mask)
+    if q_BNSK.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and lacks_bf16(q_BNSK.device):
+        # else its products would be written out, every score of them: 113 GiB for 5b
+        q_BNSK, k_BNSK, v_BNSK = q_BNSK.float(), k_BNSK.float(), v_BNSK.float()
+        mask = mask.float() if isinstance(mask, Tensor) and mask.is_floating_point() else mask
+        return F.scaled_dot_product_attention(q_BNSK, k_BNSK, v_BNSK, attn_mask=mask).bfloat16()
     if q_BNSK.is_cpu and not torch.compiler.is_compiling():
         # Its kernel reads a head's keys and values again for every few queries: rows that lie together faster.
         q_BNSK, k_BNSK, v_BNSK = q_BNSK.contiguous(), k_BNSK.contiguous(), v_BNSK.contiguous()
@@ -121,6 +139,8 @@ def _pinned(*kernels: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, Any], Ten
 
 def _flex(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
     options = _FLEX_OPTIONS if q_BNSK.is_cuda and q_BNSK.shape[-1] <= 64 else None
+    if q_BNSK.is_cuda and torch.cuda.get_device_capability(q_BNSK.device)[0] < 8:
+        options = _FLEX_OPTIONS_TURING
     if v_BNSK.device.type == "cpu":  # torch 2.13's CPU kernel forgets where a view begins (pytorch/pytorch#157612)
         v_BNSK = v_BNSK.contiguous()
     return _flex_attention(q_BNSK, k_BNSK, v_BNSK, mask, options)
@@ -193,7 +213,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend(
-            name="sdpa", run=_sdpa, masks=Tensor,
+            name="sdpa", run=_sdpa, masks=Tensor, bf16_anywhere=True,
             about="torch's scaled_dot_product_attention, by the kernel that torch chooses",
         ),
         Backend(name="flex", run=_flex, masks=BlockMask, about="FlexAttention's generated kernel"),
@@ -215,7 +235,7 @@ BACKENDS: dict[str, Backend] = {
             about="memory-efficient attention (xFormers'), or an error",
         ),
         Backend(
-            name="sdpa-math", run=_pinned(SDPBackend.MATH), masks=Tensor,
+            name="sdpa-math", run=_pinned(SDPBackend.MATH), masks=Tensor, bf16_anywhere=True,
             about="products and a softmax with every score in memory: a reference",
         ),
         Backend(
@@ -245,4 +265,4 @@ UPSTREAM_NAMES = {
 }  # fmt: skip
 """diffusers' names (``AttentionBackendName``) for the same kernels; ``flash`` is FlashAttention 2."""
 
-__all__ = ["BACKENDS", "UPSTREAM_NAMES", "Backend", "get_backend", "ready_backend"]
+__all__ = ["BACKENDS", "UPSTREAM_NAMES", "Backend", "get_backend", "lacks_bf16", "ready_backend"]

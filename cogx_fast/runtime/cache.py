@@ -64,8 +64,6 @@ class Recorder(torch._TorchCompileInductorWrapper):
         self._options = options
         self.when_called: Callable[[], Any] | None = None
         """Called once, before the first graph is compiled."""
-        self.has_timed = False
-        """Whether a graph was compiled whose kernels were timed, since this was last set to False."""
         self.artifacts: list[Any] = []
         self.libraries: set[Path] = set()
 
@@ -77,7 +75,6 @@ class Recorder(torch._TorchCompileInductorWrapper):
             when_called()
         self.config = {}
         self.apply_options(dict(self._options(device)))
-        self.has_timed = self.has_timed or device.type != "cpu"
         with self._recording(), candidates(device, self.config):
             return super().__call__(model_, inputs_, **options)
 

@@ -42,6 +42,15 @@ class Choice:
     """Of each candidate that ran, a median; empty where there was one candidate."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionFor:
+    """What a backend is chosen for: ``choose_attention``'s arguments, but the dtype, which is the model's."""
+
+    shape: Shape
+    device: torch.device
+    compiled: bool
+
+
 def choose_attention(shape: Shape, dtype: torch.dtype, device: torch.device, *, compiled: bool) -> Choice:
     """The fastest exact backend for such inputs.
 
@@ -58,6 +67,8 @@ def choose_attention(shape: Shape, dtype: torch.dtype, device: torch.device, *, 
         if (compiled or BACKENDS[name].masks is not BlockMask)
         and BACKENDS[name].why_not(device, dtype, shape[-1]) is None
     }
+    if device.type == "cuda" and set(able) == {"flex"}:  # it may not be the fastest, nor run (Turing)
+        able["sdpa"] = BACKENDS["sdpa"]
     if not able:
         return Choice(name="sdpa", reason=f"no faster kernel takes {_short(dtype)} on {device.type}", milliseconds={})
     if len(able) == 1:
@@ -177,4 +188,4 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["Choice", "Memory", "Shape", "cache_folder", "choose_attention"]
+__all__ = ["AttentionFor", "Choice", "Memory", "Shape", "cache_folder", "choose_attention"]

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from cogx_fast.model.attention import Mask, Rotary
+from cogx_fast.model.backends import lacks_bf16
 from cogx_fast.model.masks import LayerBlocks, SparseBlocks
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.attached import Attached, AttachedError, named, on_module, on_modules, refuse
 from cogx_fast.runtime.cachedir import CacheDirectory
-from cogx_fast.runtime.candidates import drop_garbage
 from cogx_fast.runtime.flags import Flags
 from cogx_fast.runtime.kinds import kind_of, own
 from cogx_fast.runtime.watch import Call, RecompileError, RecompileWarning, explain_recompile, show_progress
@@ -288,6 +288,7 @@ class Engine:
         known = any(call.settings == earlier.settings for earlier in self._earlier) if self._dynamic else False
         with ExitStack() as stack:
             if not known and call not in self._earlier:
+                self._check_dtype(call)
                 stack.enter_context(_compiling)
             stack.enter_context(self._cache_directory.used())
             stack.enter_context(_flags().held())
@@ -295,6 +296,15 @@ class Engine:
             yield
             if call not in self._earlier:
                 self._earlier.append(call)
+
+    def _check_dtype(self, call: Call) -> None:
+        """Inductor leaves bf16 alone there, which fails as a graph break in words of Dynamo's."""
+        device, dtype = call.settings["device"], call.settings["the weights' dtype"]
+        if self._model._recorder is not None and dtype == torch.bfloat16 and lacks_bf16(device):
+            raise ValueError(
+                f"the model is in bfloat16 on {torch.cuda.get_device_name(device)}, for which torch compiles none "
+                "(compute capability 8.0 is needed): load it with dtype='fp16', or without compile"
+            )
 
     def _run(self, compiled: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """The compiled function, with a recompile explained and a cache directory that fails replaced."""
@@ -304,7 +314,7 @@ class Engine:
         run = functools.partial(self._cache_directory.retried, compiled, *arguments)
         try:
             with contextlib.suppress(TorchRecompileError):
-                return self._without_garbage(run())
+                return run()
             with _compiling:
                 try:
                     return run()  # what this call needs may have been compiled by another thread meanwhile
@@ -313,7 +323,7 @@ class Engine:
                 import torch._dynamo.config as dynamo
 
                 with dynamo.patch(error_on_recompile=False):
-                    return self._without_garbage(run())
+                    return run()
         except Unsupported as error:
             if not self._inside:
                 raise
@@ -322,13 +332,6 @@ class Engine:
                 f"{named(self._inside)}. What to do: use compile=False; or write it so that torch can trace it. "
                 f"torch's reason: {error}"
             ) from error
-
-    def _without_garbage(self, output: Tensor) -> Tensor:
-        recorder = self._model._recorder
-        if recorder is not None and recorder.has_timed:
-            recorder.has_timed = False
-            drop_garbage(output.device)
-        return output
 
     @property
     def _what(self) -> str:

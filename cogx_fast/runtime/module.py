@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from cogx_fast.model.attention import Mask
 from cogx_fast.model.backends import BACKENDS, UPSTREAM_NAMES, Backend, ready_backend
 from cogx_fast.model.masks import SparseBlocks
 from cogx_fast.runtime.attached import Watch, check_own, check_processor, refuse_inside_package
-from cogx_fast.runtime.choice import Choice
+from cogx_fast.runtime.choice import AttentionFor, Choice, choose_attention
 from cogx_fast.runtime.inputs import InputPreparation, per_video
 from cogx_fast.runtime.plan import AttentionPlan
 from cogx_fast.runtime.quantized import follow_dtype
@@ -48,6 +49,9 @@ class CogVideoXModel(InputPreparation):
         self._compile_backend: str | None = None  # set by runtime.compile
         self.attention_choice: Choice | None = None
         """What ``load(attention="auto")`` chose, and why."""
+        self._attention_for: AttentionFor | None = None
+        """What that choice was made for. On another device it is made again, unless a backend was named since."""
+        self._attention_is_named = False
         self._compiled: Engine | None = None  # set by runtime.compile in place of the traced forward
         self._recorder: Any = None  # what compiling made, where runtime.compile has it noted
         self._compile_config: Any = None  # and how
@@ -105,6 +109,9 @@ class CogVideoXModel(InputPreparation):
         hidden_states, encoder_hidden_states = self._in_own_dtype(hidden_states, encoder_hidden_states)
         batch, text_len = encoder_hidden_states.shape[:2]
         device, dtype = hidden_states.device, hidden_states.dtype
+        question = self._attention_for
+        if question is not None and question.device != device and not self._attention_is_named:
+            self._choose_attention(dataclasses.replace(question, device=device))
         denoise = self._compiled or super().forward
         timestep_B = per_video("timestep", timestep, batch, device)
         rotary = self._rotary(grid, text_len, image_rotary_emb, device)
@@ -259,20 +266,31 @@ class CogVideoXModel(InputPreparation):
         Raises:
             ValueError: there is no backend of that name, or it cannot run here; the message says what to do.
         """
-        head_dim = self.config.attention_head_dim
-        ours = UPSTREAM_NAMES.get(backend.lower(), backend)
-        name = ready_backend(ours, device=self.device, dtype=self.dtype, head_dim=head_dim).name
-        for attention in self._attentions():
-            attention.backend = name
+        self._use_attention(UPSTREAM_NAMES.get(backend.lower(), backend), self.device)
+        self._attention_is_named = True
 
     def reset_attention_backend(self) -> None:
-        """Go back to the attention backend that ``load(attention="auto")`` chose, else torch's own (with a plan, flex).
+        """Go back to what ``load(attention="auto")`` chooses, else torch's own (with a plan, flex).
 
         Raises:
             ValueError: it cannot run where the model is now.
         """
-        default = "sdpa" if self._plan is None else "flex"
-        self.set_attention_backend(default if self.attention_choice is None else self.attention_choice.name)
+        if self._attention_for is None:
+            self.set_attention_backend("sdpa" if self._plan is None else "flex")
+        else:
+            self._choose_attention(dataclasses.replace(self._attention_for, device=self.device))
+
+    def _use_attention(self, backend: str, device: torch.device) -> None:
+        head_dim = self.config.attention_head_dim
+        name = ready_backend(backend, device=device, dtype=self.dtype, head_dim=head_dim).name
+        for attention in self._attentions():
+            attention.backend = name
+
+    def _choose_attention(self, question: AttentionFor) -> None:
+        """``attention="auto"``: use what is fastest there, which may be elsewhere than the weights are at load time."""
+        choice = choose_attention(question.shape, self.dtype, question.device, compiled=question.compiled)
+        self._use_attention(choice.name, question.device)
+        self.attention_choice, self._attention_for, self._attention_is_named = choice, question, False
 
     @property
     def attention_plan(self) -> AttentionPlan | None:

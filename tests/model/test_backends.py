@@ -62,6 +62,16 @@ def test_an_older_gpu_is_told_which_one_is_needed(monkeypatch: pytest.MonkeyPatc
     assert get_backend("sdpa-flash").why_not(CUDA, BF16, 64) is None
 
 
+def test_turing_takes_bf16_by_torchs_own_choice_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    able = [name for name, backend in BACKENDS.items() if backend.why_not(CUDA, BF16, 64) is None]
+    assert able == ["sdpa", "sdpa-math"]
+    assert "load the model in float16" in str(get_backend("flex").why_not(CUDA, BF16, 64))
+    assert {"flex", "sdpa-efficient"} <= {
+        name for name, backend in BACKENDS.items() if backend.why_not(CUDA, torch.float16, 64) is None
+    }
+
+
 @pytest.mark.usefixtures("hopper")
 def test_what_a_hopper_gpu_runs_without_other_packages() -> None:
     able = [name for name, backend in BACKENDS.items() if backend.why_not(CUDA, BF16, 64) is None]

@@ -175,6 +175,9 @@ def test_candidates_on_cuda_are_exact_and_flex_is_none_where_it_is_not_compiled(
     assert (chosen.name, asked) == ("sdpa-cudnn", ["sdpa-cudnn", "sdpa-flash"])
     assert all(BACKENDS[name].exact for name in choice._CANDIDATES["cuda"])
     assert choose_attention(SHAPE, torch.float32, torch.device("cuda"), compiled=False).name == "sdpa"
+    asked.clear()  # flex alone is not taken untimed
+    assert choose_attention(SHAPE, torch.float32, torch.device("cuda"), compiled=True).name == "flex"
+    assert asked == ["flex", "sdpa"]
 
 
 def test_compiled_candidates_are_measured_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
