@@ -76,8 +76,8 @@ def test_eager_use_of_a_dynamic_recipe_warns_once(checkpoint):
         UserWarning, match="'int8-dynamic' quantizes activations, .*slower.* pass compile=True"
     ) as caught:
         cogx_fast.load(checkpoint, quant="int8-dynamic")
-    assert len([w for w in caught if "quantizes activations" in str(w.message)]) == 1
-    assert caught[0].filename == __file__
+    (told,) = (each for each in caught if "quantizes activations" in str(each.message))
+    assert told.filename == __file__
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "recipe .* quantizes activations")
         cogx_fast.load(checkpoint, quant="int8-weight-only")
