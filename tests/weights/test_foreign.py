@@ -102,10 +102,3 @@ def test_sharded_and_wrapped_models_are_named(one_process: None) -> None:
     fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
     with pytest.raises(CheckpointError, match=r"sharded over several processes \(DTensor"):
         cogx_fast.load(model)
-
-
-def test_a_model_with_compiled_blocks_is_taken() -> None:
-    model: Any = upstream(CONFIG)
-    state = dict(model.state_dict())
-    model.transformer_blocks[0] = torch.compile(model.transformer_blocks[0])
-    assert_same_bits(diffusers_view(cogx_fast.load(model)), state)
