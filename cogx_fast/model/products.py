@@ -33,7 +33,8 @@ def project(linear: Any, x: Tensor, *, gelu: bool = False, reduced_next: bool = 
     x_RD = x.flatten(0, -2)
     weight_OD = _weight(linear, x)
     if weight_OD is None:
-        out_RO = _product_of_int8_in_fp32(linear, x_RD) if _lacks_int8_products(linear, x) else linear(x_RD)
+        is_lacking = not x.is_cuda and _lacks_int8_products(linear, x)
+        out_RO = _product_of_int8_in_fp32(linear, x_RD) if is_lacking else linear(x_RD)
     elif gelu and _takes_gelu(linear, x):
         out_RO, gelu = torch._addmm_activation(linear.bias, x_RD, weight_OD.t(), use_gelu=True), False
     else:
