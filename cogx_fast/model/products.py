@@ -33,7 +33,8 @@ def project(linear: Any, x: Tensor, *, gelu: bool = False, reduced_next: bool = 
     x_RD = x.flatten(0, -2)
     weight_OD = _weight(linear, x)
     if weight_OD is None:
-        out_RO = _product_of_int8_in_fp32(linear, x_RD) if _lacks_int8_products(linear, x) else linear(x_RD)
+        is_lacking = not x.is_cuda and _lacks_int8_products(linear, x)
+        out_RO = _product_of_int8_in_fp32(linear, x_RD) if is_lacking else linear(x_RD)
     elif gelu and _takes_gelu(linear, x):
         out_RO, gelu = torch._addmm_activation(linear.bias, x_RD, weight_OD.t(), use_gelu=True), False
     else:
@@ -75,13 +76,16 @@ def _is_plain(linear: Any) -> bool:
 
 
 def _lacks_int8_products(linear: Any, x: Tensor) -> bool:
-    """Whether it is a product of int8 by int8 that the CPU computes by plain loops, or wrongly."""
+    """Whether it is a product of int8 by int8, with a scale for each row, that the CPU computes by loops or wrongly."""
+    if x.device.type != "cpu" or not is_int8_dynamic(linear) or not _is_plain(linear):
+        return False
+    weight, how = linear.weight, linear.weight.act_quant_kwargs
+    by_rows = type(how.granularity).__name__ == "PerRow" and how.mapping_type.name == "SYMMETRIC"
     return (
-        x.device.type == "cpu"
-        and is_int8_dynamic(linear)
-        and _is_plain(linear)
-        and linear.weight.act_pre_scale is None
-        and linear.weight.act_quant_kwargs.mapping_type.name == "SYMMETRIC"
+        by_rows
+        and not how.reduce_range
+        and weight.act_pre_scale is None
+        and weight.act_quant_scale is None
         and not (torch.is_grad_enabled() and x.requires_grad)
         and not torch.is_autocast_enabled("cpu")
         and not has_int8_products()
@@ -93,21 +97,13 @@ def _product_of_int8_in_fp32(linear: Any, x_RD: Tensor) -> Tensor:
 
     Products of int8 values are exact in fp32, and so are their sums up to 2²⁴; beyond, each addition rounds to 24 bits,
     as the sum itself does when torchao scales it. The weight is converted at each call, which takes the time of some
-    hundred rows, and leaves no copy of four times the bytes to keep and to keep true.
+    hundred rows, and leaves no copy of four times the bytes to keep and to keep true. (torchao's own tensor for the
+    activations would keep what is compiled from being cached: the graph would build it.)
     """
-    weight: Any = linear.weight
-    how = weight.act_quant_kwargs
-    rows = type(weight).from_hp(
-        x_RD,
-        granularity=how.granularity,
-        mapping_type=how.mapping_type,
-        scale=weight.act_quant_scale,
-        zero_point=weight.act_quant_zero_point,
-        reduce_range=how.reduce_range,
-    )
-    sums_RO = rows.qdata.float() @ weight.qdata.float().t()
-    scaled_RO = (sums_RO * rows.scale.reshape(-1, 1).float()).to(x_RD.dtype)
-    out_RO = scaled_RO * weight.scale.flatten()
+    scale_R1 = (x_RD.abs().amax(-1, keepdim=True) / 127.5).clamp(min=torch.finfo(torch.float32).eps).float()
+    values_RD = (x_RD * (1.0 / scale_R1)).round().clamp(-128, 127)
+    sums_RO = values_RD @ linear.weight.qdata.float().t()
+    out_RO = (sums_RO * scale_R1).to(x_RD.dtype) * linear.weight.scale.flatten()
     return (out_RO if linear.bias is None else out_RO + linear.bias).to(x_RD.dtype)
 
 

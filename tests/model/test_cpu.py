@@ -140,11 +140,27 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return bool(request.param)
 
 
-@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)])
-def test_every_int8_value_counts(either_way: bool, dtype: torch.dtype, bias: bool) -> None:
+@pytest.mark.parametrize("size", [1e-9, 0.01, 1.0, 300.0])
+@pytest.mark.parametrize(
+    ("dtype", "bias"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.float16, True)]
+)
+def test_every_int8_value_counts(either_way: bool, dtype: torch.dtype, bias: bool, size: float) -> None:
     """Sums below 2²⁴ are exact in fp32: an int8 value that were one off anywhere would show."""
-    linear, x = quantized(512, 64, dtype, bias=bias), activations(40, 512, dtype)
+    linear, x = quantized(512, 64, dtype, bias=bias), size * activations(40, 512, dtype)
     assert torch.equal(products.project(linear, x), in_integers(linear, x))
+
+
+def test_what_is_compiled_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which it could not be with torchao's own tensor for the activations in the graph."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(products, "has_int8_products", lambda: False)
+    linear, x = quantized(128, 64, torch.float32), activations(8, 128, torch.float32)
+    counters.clear()
+    with torch.no_grad():
+        torch.compile(products.project, fullgraph=True)(linear, x)
+    assert counters["aot_autograd"]["total"] == 1
+    assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
 
 
 def test_long_sums_are_as_good_as_fp32s(either_way: bool) -> None:
