@@ -130,7 +130,8 @@ def run(arguments: Sequence[str], *, seconds: float, ledger: Path, least: float,
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.budget",
                    f"--ledger={ledger}", f"--seconds={left}", f"--least={least}", f"--timeout={limit}",
                    "--timeout-method=thread", *arguments]  # fmt: skip
-        child = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        alone = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        child = subprocess.Popen(command, cwd=ROOT, env=alone, start_new_session=True)  # else it would not time
         try:
             status: int | None = child.wait(left)
         except subprocess.TimeoutExpired:
