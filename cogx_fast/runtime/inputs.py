@@ -101,14 +101,12 @@ class InputPreparation(CogVideoXTransformer):
             if not tensor.is_floating_point():
                 raise ValueError(f"{name} is {tensor.dtype}, expected a floating-point dtype, best the weights' own")
         weight: Any = getattr(self.patch_embed.proj, "weight", None)
-        if (
-            not isinstance(weight, Tensor)
-            or weight.dtype.itemsize == 1
-            or torch.is_autocast_enabled(latents.device.type)
-        ):
+        if not isinstance(weight, Tensor) or weight.dtype.itemsize == 1:
             return latents, text
         dtypes = (latents.dtype, text.dtype, weight.dtype)
         if dtypes.count(weight.dtype) == len(dtypes):
+            return latents, text
+        if not latents.is_meta and torch.is_autocast_enabled(latents.device.type):  # torch knows none for meta
             return latents, text
         if dtypes not in self._told_dtypes and not torch.compiler.is_compiling():
             self._told_dtypes.add(dtypes)
