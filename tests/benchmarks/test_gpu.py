@@ -302,7 +302,8 @@ def test_a_session_measures_records_and_reports(ran: Ran) -> None:
     stored = json.loads((ran.out / "tiny-attention.json").read_text())["benchmarks"][0]
     found = stored["extra_info"]["found"]
     assert stored["stats"]["median"] == pytest.approx(found["notes"]["seconds"], rel=1e-3)  # what was timed in turns
-    assert set(json.loads((ran.out / "ceilings.json").read_text())) == {"bf16", "fp8", "int8", "bandwidth"}
+    ceilings = set(json.loads((ran.out / "ceilings.json").read_text()))
+    assert ceilings | {"fp8"} == {"bf16", "fp8", "int8", "bandwidth"}  # not every CPU has fp8 products
     roofline = ("roofline", "--preset", "5b", "--device", "h100", "--ceilings", ran.out / "ceilings.json")
     assert "measured" in run_cli(*roofline).out
     assert "./README.md" in lines[-1]
