@@ -235,6 +235,9 @@ def test_a_plan_is_carried_out_part_by_part():
 @pytest.mark.parametrize("tokens", [80, 17, 1])
 @pytest.mark.parametrize("name", RUNS_ANYWHERE)
 def test_odd_token_counts_and_rows_of_zeros_give_no_nan(name, tokens):
+    largest = torch.full((16, 64), 127, dtype=torch.int8)
+    if name == "int8-dynamic" and not (torch._int_mm(largest, largest.t()) == 64 * 127**2).all():
+        pytest.skip("torch's own int8 product saturates here, as oneDNN's does where ONEDNN_MAX_CPU_ISA hides VNNI")
     torch.manual_seed(0)
     linear = nn.Sequential(nn.Linear(64, 48)).bfloat16()
     with torch.no_grad():
