@@ -317,7 +317,7 @@ class Engine:
                 return run()
             with _compiling:
                 try:
-                    return self._without_garbage(run())  # what this call needs may have been compiled by another thread meanwhile
+                    return run()  # what this call needs may have been compiled by another thread meanwhile
                 except TorchRecompileError as error:
                     self._tell(self._explain(str(error)))
                 import torch._dynamo.config as dynamo
