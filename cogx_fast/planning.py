@@ -24,6 +24,7 @@ from cogx_fast.model.tables import Grid
 from cogx_fast.model.transformer import Attention, Block
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.plan import FULL, LAST_TIMESTEP, AttentionPlan, PlanError, hash_config, hash_weights
+from cogx_fast.runtime.runner import Runner
 
 if TYPE_CHECKING:
     from cogx_fast.generation import Request
@@ -88,7 +89,7 @@ def find_plan(
     from cogx_fast.generation import run_pipeline
 
     model = pipe.transformer
-    if not isinstance(model, CogVideoXModel) or model._compile_backend is not None or model.attention_plan is not None:
+    if not isinstance(model, CogVideoXModel) or type(model.runner) is not Runner or model.attention_plan is not None:
         raise PlanError("plans are found with this package's transformer, uncompiled and without a plan: load it so")
     if not (max_error >= 0 and 0 <= dense_part < 1 and rows > 0):
         raise PlanError(

@@ -21,7 +21,9 @@ COMPILER_OWNERS = (
     "cogx_fast/runtime/compile.py",
     "cogx_fast/runtime/cache.py",  # what Inductor left on the disk, and where the next process looks for it
     "cogx_fast/runtime/package.py",  # compiles ahead of time
-    "cogx_fast/runtime/engine.py",  # its part that runs what was compiled: symbolic sizes, recompiles
+    "cogx_fast/runtime/calls.py",  # its part that holds torch's flags during a call
+    "cogx_fast/runtime/compiled.py",  # its part that runs what was compiled
+    "cogx_fast/runtime/symbols.py",  # its part that marks symbolic sizes
     "cogx_fast/runtime/candidates.py",  # its part that says what Inductor times
     "cogx_fast/runtime/watch.py",  # its part that watches torch compile
     "cogx_fast/runtime/explain/",  # reads what the compiler made of a model: its graphs, schedule and generated code

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks.codegen.cases import INT8_OPTIONS, quantize_block
 from benchmarks.codegen.cases import Case as CodegenCase
 from benchmarks.codegen.devices import Device
+from cogx_fast.model.layers import patchify, unpatchify
 
 Part = Literal["block", "begin", "head"]
 Attention = Literal["sdpa", "flex", "masked", "sparse"]
@@ -195,8 +196,9 @@ class _Begin(nn.Module):
         self.model = model
 
     def forward(self, latents: Tensor, text_BTE: Tensor, timestep_B: Tensor, ofs_B: Any, position: Any) -> Any:
-        x_BSD, emb_BE, _ = self.model.embed(latents, text_BTE, timestep_B, ofs_B, position)
-        return x_BSD, self.model.modulation(emb_BE)
+        patches_BVP = patchify(latents, *_patch(self.model.config))
+        x_BSD, _, conditioning = self.model.begin(patches_BVP, text_BTE, timestep_B, ofs_B, position)
+        return x_BSD, conditioning.mod_BL12D
 
 
 class _Head(nn.Module):
@@ -207,7 +209,12 @@ class _Head(nn.Module):
         self.model = model
 
     def forward(self, x_BVD: Tensor, emb_BE: Tensor, latents: Tensor) -> Any:
-        return self.model.head(x_BVD, emb_BE, latents.shape)
+        patches_BVP = self.model.head(x_BVD, self.model.norm_out.condition(emb_BE))
+        return unpatchify(patches_BVP, latents.shape, *_patch(self.model.config))
+
+
+def _patch(config: Any) -> tuple[int, int]:
+    return config.patch_size, config.patch_size_t or 1
 
 
 def _latents(config: Any, size: Size) -> tuple[int, int, int, int]:

@@ -140,7 +140,7 @@ def _in_fp32_case(case: Case) -> Case:
 
 
 def _as_the_model_is(model: Any, lowered: Lowered) -> Any:
-    """The first block as a compiled model calls it: by its engine, which says which sizes are symbolic."""
+    """The first block as a compiled model calls it: by its runner, which says which sizes are symbolic."""
     from cogx_fast.runtime.compile import CompileConfig, compile_model
     from cogx_fast.runtime.explain.capture import unbacked_sizes_of_fake_tensors
 
@@ -148,7 +148,7 @@ def _as_the_model_is(model: Any, lowered: Lowered) -> Any:
 
     def call(*arguments: Any) -> Any:
         with unbacked_sizes_of_fake_tensors():
-            return model.transformer_blocks[0](*arguments)
+            return model.runner.slots.call_block(0, model.transformer_blocks[0])(*arguments)
 
     return call
 

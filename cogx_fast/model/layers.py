@@ -39,29 +39,34 @@ class PatchEmbed(Part):
             self.register_buffer("pos_embedding", torch.zeros(1, tokens, config.inner_dim))
 
     def forward(
-        self, latents_BFCHW: Tensor, text_BTE: Tensor, position_1SD: Tensor | None, order_V: Tensor | None = None
+        self, patches_BVP: Tensor, text_BTE: Tensor, position_1SD: Tensor | None, order_V: Tensor | None = None
     ) -> Tensor:
         """Returns ``x_BSD``; ``position_1SD`` (sin-cos or learned) is added where the model has one.
 
         ``order_V`` (``patterns.TokenOrder``), which positions have too, is applied to the patches, the smallest tensor.
         """
-        p, p_t = self.patch_size, self.patch_size_t
-        frames, _, height, width = latents_BFCHW.shape[1:]
-        latents_BFCHW = latents_BFCHW[..., : height // p * p, : width // p * p]
-        patches = latents_BFCHW.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(1, (frames // p_t, p_t))
-        # B F' p_t C H' p W' p  ->  B (F' H' W') (C p_t p p)
-        patches_BVP = patches.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)
         if order_V is not None:
             patches_BVP = patches_BVP.index_select(1, order_V)
         x_BSD = torch.cat([self.text_proj(text_BTE), self.proj(patches_BVP)], dim=1)
         return x_BSD if position_1SD is None else x_BSD + position_1SD.to(x_BSD.dtype)
 
 
-def unpatchify(patches_BVP: Tensor, grid: tuple[int, int, int], patch_size: int, patch_size_t: int) -> Tensor:
-    """Predicted patches of (p_t, C, p, p) values back to ``latents_BFCHW``.
+def patchify(latents_BFCHW: Tensor, patch_size: int, patch_size_t: int) -> Tensor:
+    """Whole patches of ``latents_BFCHW`` as ``patches_BVP``, their values in the order (C, p_t, p, p)."""
+    p, p_t = patch_size, patch_size_t
+    frames, _, height, width = latents_BFCHW.shape[1:]
+    latents_BFCHW = latents_BFCHW[..., : height // p * p, : width // p * p]
+    patches = latents_BFCHW.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(1, (frames // p_t, p_t))
+    # B F' p_t C H' p W' p  ->  B (F' H' W') (C p_t p p)
+    return patches.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)
 
-    Values stand as (C, p_t, p, p) in a patch; ``grid`` is the number of patches along (time, height, width).
+
+def unpatchify(patches_BVP: Tensor, latents_shape: torch.Size, patch_size: int, patch_size_t: int) -> Tensor:
+    """Predicted patches back to ``latents_BFCHW``: H and W of ``latents_shape`` down to whole patches.
+
+    Values stand as (C, p_t, p, p) in a patch.
     """
+    grid = (latents_shape[1] // patch_size_t, latents_shape[3] // patch_size, latents_shape[4] // patch_size)
     values = patches_BVP.unflatten(2, (-1, patch_size_t, patch_size, patch_size)).unflatten(1, grid)
     # B F' H' W' C p_t p p  ->  B F' p_t C H' p W' p
     return values.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(1, 2)
@@ -206,8 +211,12 @@ class OutputNorm(Part):
         self.linear = nn.Linear(config.time_embed_dim, 2 * config.inner_dim)
         self.norm = _layer_norm(config)
 
-    def forward(self, x_BVD: Tensor, emb_BE: Tensor) -> Tensor:
-        shift_B1D, scale_B1D = self.linear(F.silu(emb_BE)).unsqueeze(1).chunk(2, dim=-1)
+    def condition(self, emb_BE: Tensor) -> Tensor:
+        """Shift, then scale: ``out_B2D``."""
+        return self.linear(F.silu(emb_BE)).unflatten(1, (2, -1))
+
+    def forward(self, x_BVD: Tensor, out_B2D: Tensor) -> Tensor:
+        shift_B1D, scale_B1D = out_B2D.unsqueeze(2).unbind(1)
         return torch.addcmul(shift_B1D, self.norm(x_BVD), 1 + scale_B1D)
 
 

@@ -1,7 +1,7 @@
-"""The whole CogVideoX transformer, as data sees it: embed, modulate, L blocks over one joint stream, head.
+"""The CogVideoX transformer, as data sees it: begin, L blocks over one joint stream, head.
 
 Equal to diffusers' ``CogVideoXTransformer3DModel`` (CogVideoX, arXiv:2408.06072), written for the compiler: text and
-video stay one stream, no state, no branch on data, nothing in place.
+video stay one stream, no state, no branch on data, nothing in place. The loop over the blocks is ``runtime.runner``'s.
 
 Suffixes: B batch, F latent frames, C channels, H/W latent height/width, S joint tokens (text first), T text tokens,
 V video tokens, E width of text or time embedding, D model width, N heads, K head width, L layers, P values of a patch.
@@ -10,10 +10,10 @@ V video tokens, E width of text or time embedding, D model width, N heads, K hea
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.attention import Mask, Rotary, RotaryNorm, attend
@@ -26,9 +26,8 @@ from cogx_fast.model.layers import (
     OutputNorm,
     PatchEmbed,
     TimestepEmbedding,
-    unpatchify,
 )
-from cogx_fast.model.masks import LayerBlocks, SparseBlocks
+from cogx_fast.model.masks import LayerBlocks
 from cogx_fast.model.part import Part
 from cogx_fast.model.products import project
 
@@ -63,7 +62,10 @@ class Attention(Part):
 
 
 class Block(Part):
-    """Attention and feed-forward, each modulated, gated and added to the stream."""
+    """Attention and feed-forward, each modulated, gated and added to the stream.
+
+    A block is called with what computes it, so that hooks on it run around compiled code as around its own.
+    """
 
     def __init__(self, config: TransformerConfig, backend: str) -> None:
         super().__init__()
@@ -79,6 +81,7 @@ class Block(Part):
         is_text_S1: Tensor,
         rotary: Rotary | None,
         mask: Mask | LayerBlocks,
+        compute: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """One block.
 
@@ -88,19 +91,30 @@ class Block(Part):
             is_text_S1: True for text tokens; all that a block knows of where the text ends.
             rotary: ``(cos_SK, sin_SK)`` from ``tables.join_rotary``, or None.
             mask: for the attention backend, or None.
+            compute: called with the block and these in place of ``Block.compute``, e.g. that compiled.
 
         Returns:
             The stream, ``x_BSD``.
         """
+        return (compute or Block.compute)(self, x_BSD, mod_B12D, is_text_S1, rotary, mask)
+
+    def compute(
+        self, x_BSD: Tensor, mod_B12D: Tensor, is_text_S1: Tensor, rotary: Rotary | None, mask: Mask | LayerBlocks
+    ) -> Tensor:
+        """As ``forward``, without what is attached to the block."""
         modulate = Modulate.select(mod_B12D[:, :6], is_text_S1)
         x_BSD = torch.addcmul(x_BSD, modulate.gate, self.attn1(self.norm1(x_BSD, modulate), rotary, mask))
         modulate = Modulate.select(mod_B12D[:, 6:], is_text_S1)
         return torch.addcmul(x_BSD, modulate.gate, self.ff(self.norm2(x_BSD, modulate)))
 
 
-def _checkpoint(block: nn.Module, *inputs: object) -> Tensor:
-    x_BSD: Tensor = checkpoint(block, *inputs, use_reentrant=False)
-    return x_BSD
+class Conditioning(NamedTuple):
+    """All that is computed from the timestep (and ofs)."""
+
+    mod_BL12D: Tensor
+    """Modulation vectors of every block (``layers.Modulation``)."""
+    out_B2D: Tensor
+    """Shift and scale of the output norm."""
 
 
 class CogVideoXTransformer(Part):
@@ -129,65 +143,46 @@ class CogVideoXTransformer(Part):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable[..., Tensor] | None = None  # diffusers' names for both
 
-    def forward(
+    def condition(self, timestep_B: Tensor, ofs_B: Tensor | None, dtype: torch.dtype) -> Conditioning:
+        """What the timestep decides: the one user of its embedding, of every block's modulation and the last norm's.
+
+        Args:
+            timestep_B: diffusion timesteps, 0 to 1000.
+            ofs_B: 1.5 image-to-video's offset, or None.
+            dtype: of the stream.
+        """
+        emb_BE = self.time_embedding(timestep_B, dtype)
+        if self.ofs_embedding is not None and ofs_B is not None:
+            emb_BE = emb_BE + self.ofs_embedding(ofs_B, dtype)
+        return Conditioning(self.modulation(emb_BE), self.norm_out.condition(emb_BE))
+
+    def begin(
         self,
-        latents_BFCHW: Tensor,
+        patches_BVP: Tensor,
         text_BTE: Tensor,
         timestep_B: Tensor,
         ofs_B: Tensor | None = None,
-        rotary: Rotary | None = None,
         position_1SD: Tensor | None = None,
-        mask: Mask | SparseBlocks = None,
-    ) -> Tensor:
-        """Predict.
+        order_V: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Conditioning]:
+        """What stands before the first block.
 
         Args:
-            latents_BFCHW: noisy latents (with the image's behind them along C for image-to-video).
+            patches_BVP: ``layers.patchify`` of the latents.
             text_BTE: the text encoder's output.
-            timestep_B: diffusion timesteps, 0 to 1000.
-            ofs_B: 1.5 image-to-video's offset, or None.
-            rotary: ``(cos_SK, sin_SK)`` of the joint stream, fp32, or None.
+            timestep_B, ofs_B: as in ``condition``.
             position_1SD: positions added to the joint stream, or None.
-            mask: for the attention backend, or None; with ``SparseBlocks`` each layer has its own, and the video tokens
-                stand in their order, in which the tables are, too.
+            order_V: the order of the video tokens (``patterns.TokenOrder``), in which positions are, too; or None.
 
         Returns:
-            The prediction, ``(B, F, C_out, H, W)`` in the latents' dtype (H and W down to whole patches).
+            The stream ``x_BSD``, ``is_text_S1`` (True for text tokens), and the conditioning.
         """
-        order_V, restore_V = mask.order if isinstance(mask, SparseBlocks) else (None, None)
-        x_BSD, emb_BE, is_text_S1 = self.embed(latents_BFCHW, text_BTE, timestep_B, ofs_B, position_1SD, order_V)
-        mod_BL12D = self.modulation(emb_BE)
-        for layer, (block, mod_B12D) in enumerate(zip(self.transformer_blocks, mod_BL12D.unbind(1), strict=True)):
-            own_mask = mask.of_layer(layer) if isinstance(mask, SparseBlocks) else mask
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                run = self._gradient_checkpointing_func or _checkpoint
-                x_BSD = run(block, x_BSD, mod_B12D, is_text_S1, rotary, own_mask)
-            else:
-                x_BSD = block(x_BSD, mod_B12D, is_text_S1, rotary, own_mask)
-        return self.head(x_BSD[:, text_BTE.shape[1] :], emb_BE, latents_BFCHW.shape, restore_V)
-
-    def embed(
-        self,
-        latents_BFCHW: Tensor,
-        text_BTE: Tensor,
-        timestep_B: Tensor,
-        ofs_B: Tensor | None,
-        position_1SD: Tensor | None,
-        order_V: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The stream before the first block ``x_BSD``, the time embedding ``emb_BE`` and ``is_text_S1``."""
-        emb_BE = self.time_embedding(timestep_B, latents_BFCHW.dtype)
-        if self.ofs_embedding is not None and ofs_B is not None:
-            emb_BE = emb_BE + self.ofs_embedding(ofs_B, latents_BFCHW.dtype)
-        x_BSD = self.embedding_dropout(self.patch_embed(latents_BFCHW, text_BTE, position_1SD, order_V))
+        conditioning = self.condition(timestep_B, ofs_B, patches_BVP.dtype)
+        x_BSD = self.embedding_dropout(self.patch_embed(patches_BVP, text_BTE, position_1SD, order_V))
         is_text_S1 = torch.arange(x_BSD.shape[1], device=x_BSD.device)[:, None] < text_BTE.shape[1]
-        return x_BSD, emb_BE, is_text_S1
+        return x_BSD, is_text_S1, conditioning
 
-    def head(self, x_BVD: Tensor, emb_BE: Tensor, latents_shape: torch.Size, restore_V: Tensor | None = None) -> Tensor:
-        """Video tokens to the prediction; ``latents_shape`` is (B, F, C, H, W), ``restore_V`` undoes their order."""
-        p, p_t = self.patch_embed.patch_size, self.patch_embed.patch_size_t
-        grid = (latents_shape[1] // p_t, latents_shape[3] // p, latents_shape[4] // p)
-        patches_BVP = self.proj_out(self.norm_out(self.norm_final(x_BVD), emb_BE))
-        if restore_V is not None:
-            patches_BVP = patches_BVP.index_select(1, restore_V)
-        return unpatchify(patches_BVP, grid, p, p_t)
+    def head(self, x_BVD: Tensor, out_B2D: Tensor, restore_V: Tensor | None = None) -> Tensor:
+        """Video tokens to predicted patches ``patches_BVP``; ``restore_V`` undoes their order."""
+        patches_BVP = self.proj_out(self.norm_out(self.norm_final(x_BVD), out_B2D))
+        return patches_BVP if restore_V is None else patches_BVP.index_select(1, restore_V)

@@ -108,8 +108,8 @@ def save_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str]) -> N
         ValueError: nothing was compiled yet, or not by Inductor.
         OSError: it cannot be written.
     """
-    recorder = model._recorder
-    if not isinstance(recorder, Recorder):
+    recorder = _recorder(model)
+    if recorder is None:
         raise ValueError("the model is not compiled by Inductor: load it with compile=True, call it once, then save")
     if not recorder.artifacts:
         raise ValueError("the model has not compiled anything yet: call it once with each size to keep, then save")
@@ -133,13 +133,14 @@ def load_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str]) -> b
         file), a warning says why, and the model compiles as without it.
     """
     try:
-        if not isinstance(model._recorder, Recorder):
+        recorder = _recorder(model)
+        if recorder is None:
             raise ArtifactError(f"{path}: the model is not compiled by Inductor")
         manifest, members = read_artifact(path, KIND)
-        expected = describe(model, model._recorder.made_by)
+        expected = describe(model, recorder.made_by)
         wrong = list(differences(manifest, expected))
         if wrong and _is_for_later(manifest, expected):
-            model._recorder.when_called = functools.partial(load_compile_cache, model, path)
+            recorder.when_called = functools.partial(load_compile_cache, model, path)
             return True
         if wrong:
             raise ArtifactError(f"{path}: was made for something else ({'; '.join(wrong)})")
@@ -151,6 +152,11 @@ def load_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str]) -> b
         warnings.warn(f"{error}. The compile cache is not used; the model compiles anew", stacklevel=3)
         return False
     return True
+
+
+def _recorder(model: CogVideoXModel) -> Recorder | None:
+    compilation = model.runner.compilation
+    return None if compilation is None else compilation.recorder
 
 
 def _is_for_later(manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:

@@ -113,7 +113,7 @@ def _measure(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, 
             return attend(q, k, v, backend=name, mask=mask)
 
         # with code of its own, else many measurements in one process would count as recompilations of one function
-        timed = torch.compile(own(run), fullgraph=True, dynamic=False) if compiled else run
+        timed = torch.compile(own(run, "attention"), fullgraph=True, dynamic=False) if compiled else run
         with torch.no_grad():
             return _median_ms(lambda: timed(q, k, v), device)
     except (RuntimeError, ValueError, ImportError) as error:  # RuntimeError: torch's, Inductor's, out of memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -13,8 +13,11 @@ from cogx_fast.model.products import is_int8_dynamic
 from cogx_fast.runtime.attached import Watch
 from cogx_fast.runtime.cache import Recorder
 from cogx_fast.runtime.cachedir import CacheDirectory
-from cogx_fast.runtime.engine import Engine
+from cogx_fast.runtime.calls import Calls
+from cogx_fast.runtime.compiled import CompiledRunner, WholeRunner
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.runner import Runner, Slots
+from cogx_fast.runtime.symbols import Symbols, quantizes_activations
 from cogx_fast.runtime.watch import CompilationStats, RecompileError, RecompileWarning, watch_compilation
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
@@ -68,6 +71,14 @@ class CompileConfig:
         return bool(self.options.get("triton.cudagraphs", self.mode in ("reduce-overhead", "max-autotune")))
 
 
+class Compilation(NamedTuple):
+    """How a model is compiled, and what that made."""
+
+    config: CompileConfig
+    recorder: Recorder | None
+    """Where Inductor compiles."""
+
+
 def compile_model(
     model: CogVideoXModel, config: CompileConfig, *, compiler: Callable[..., Any] = torch.compile
 ) -> None:
@@ -80,40 +91,55 @@ def compile_model(
 
     Raises:
         PlanError: (a ValueError) the model has an attention plan, which that backend would ignore.
+        AttachedError: (a ValueError) something on the model cannot be compiled.
+        ValueError: the model runs a package.
     """
-    uncompile_model(model)
+    model.runner.refuse_packaged("the model cannot be compiled")
     if model.attention_plan is not None:
         model.attention_plan.check_compiler(config.backend)
-    model._compile_config, model._compile_backend = config, config.backend
     directory = CacheDirectory()
     with directory.used():
+        recorder = None
         if config.backend == "inductor":
             int8 = any(map(is_int8_dynamic, model.modules()))
-            model._recorder = Recorder(config, functools.partial(_inductor_options, config, int8=int8))
+            recorder = Recorder(config, functools.partial(_inductor_options, config, int8=int8))
         compile = functools.partial(
             compiler,
             fullgraph=True,
             dynamic=None if config.dynamic else False,  # which sizes are symbolic is marked on the inputs
-            backend=model._recorder or config.backend,
+            backend=recorder or config.backend,
         )
-        model._compiled = Engine(
+        whole = config.scope == "model"
+        runner: type[CompiledRunner] = WholeRunner if whole else CompiledRunner
+        model.runner = runner(
+            Slots(),
             model,
-            compile,
-            whole=config.scope == "model",
-            nested=not config.unrolled,
-            dynamic=config.dynamic,
-            strict=config.strict,
-            cuda_graphs=config.cuda_graphs,
-            cache_directory=directory,
+            compilation=Compilation(config, recorder),
+            compile=compile,
+            symbols=Symbols(
+                dynamic=config.dynamic,
+                cuda_graphs=config.cuda_graphs,
+                quantizes_activations=quantizes_activations(model),
+            ),
+            calls=Calls(
+                "the model" if whole else "the block",
+                dynamic=config.dynamic,
+                strict=config.strict,
+                inductor=recorder is not None,
+                directory=directory,
+            ),
         )
     model._attached = Watch()  # to look at it anew
 
 
 def uncompile_model(model: CogVideoXModel) -> None:
-    """Make ``model`` run eagerly again."""
-    if isinstance(model._compiled, Engine):
-        model._compiled.remove()
-    model._compiled = model._recorder = model._compile_backend = model._compile_config = None
+    """Make ``model`` run eagerly again.
+
+    Raises:
+        ValueError: it runs a package.
+    """
+    model.runner.refuse_packaged("the model cannot run eagerly")
+    model.runner = Runner()
 
 
 INT8_OPTIONS: Mapping[str, Any] = {"epilogue_fusion_first": True}
@@ -130,6 +156,7 @@ def _inductor_options(config: CompileConfig, device: torch.device, *, int8: bool
 
 __all__ = [
     "MODES",
+    "Compilation",
     "CompilationStats",
     "CompileConfig",
     "RecompileError",

@@ -32,15 +32,19 @@ def _kind_of_tensor(tensor: Tensor) -> tuple[Any, ...]:
     return kind
 
 
-def own(function: Callable[..., Any]) -> Callable[..., Any]:
+def own(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The same function with a code object and a name of its own.
 
     Dynamo keeps what it compiled and counts recompiles by code object, and remembers which sizes changed by the
     function's name: so each kind of block of each model has its own, and none starts with the limits or sizes of
     another of the process.
+
+    Args:
+        function: a plain one.
+        name: the copy's, in front of a number; ``explain`` and torch's own messages show it.
     """
     assert isinstance(function, types.FunctionType)
-    name = f"{function.__name__}_{next(_serial)}"
+    name = f"{name}_{next(_serial)}"
     code = function.__code__.replace(co_name=name)
     copy = types.FunctionType(code, function.__globals__, name, None, function.__closure__)
     copy.__kwdefaults__, copy.__defaults__ = function.__kwdefaults__, function.__defaults__

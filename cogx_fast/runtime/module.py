@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import os
@@ -11,20 +10,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.attention import Mask
 from cogx_fast.model.backends import BACKENDS, UPSTREAM_NAMES, Backend, ready_backend
 from cogx_fast.model.masks import SparseBlocks
-from cogx_fast.runtime.attached import Watch, check_own, check_processor, refuse_inside_package
+from cogx_fast.runtime.attached import Watch, check_own, check_processor
 from cogx_fast.runtime.choice import AttentionFor, Choice, choose_attention
 from cogx_fast.runtime.inputs import InputPreparation, per_video
 from cogx_fast.runtime.plan import AttentionPlan
 from cogx_fast.runtime.quantized import follow_dtype
+from cogx_fast.runtime.runner import Inputs, Runner
 
 if TYPE_CHECKING:
-    from cogx_fast.runtime.engine import Engine
     from cogx_fast.runtime.explain import Explanation
 
 
@@ -46,16 +45,13 @@ class CogVideoXModel(InputPreparation):
 
     def __init__(self, config: TransformerConfig, *, attention: str = "sdpa") -> None:
         super().__init__(config, attention=attention)
-        self._compile_backend: str | None = None  # set by runtime.compile
+        self.runner = Runner()
+        """What runs its steps: eagerly; compiled, set by ``runtime.compile``; or a package, by ``runtime.package``."""
         self.attention_choice: Choice | None = None
         """What ``load(attention="auto")`` chose, and why."""
         self._attention_for: AttentionFor | None = None
         """What that choice was made for. On another device it is made again, unless a backend was named since."""
         self._attention_is_named = False
-        self._compiled: Engine | None = None  # set by runtime.compile in place of the traced forward
-        self._recorder: Any = None  # what compiling made, where runtime.compile has it noted
-        self._compile_config: Any = None  # and how
-        self._packaged = False  # whether the blocks are a package's, set by runtime.package
         self._attached = Watch()
 
     @property
@@ -68,7 +64,7 @@ class CogVideoXModel(InputPreparation):
         """The dtype of the model's floating-point parameters (the first one's)."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
-    def forward(  # type: ignore[override]  # diffusers' signature outside, the core's inside
+    def forward(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
@@ -112,7 +108,6 @@ class CogVideoXModel(InputPreparation):
         question = self._attention_for
         if question is not None and question.device != device and not self._attention_is_named:
             self._choose_attention(dataclasses.replace(question, device=device))
-        denoise = self._compiled or super().forward
         timestep_B = per_video("timestep", timestep, batch, device)
         rotary = self._rotary(grid, text_len, image_rotary_emb, device)
         position = self._positions(hidden_states.shape, grid, text_len, device, dtype)
@@ -121,15 +116,9 @@ class CogVideoXModel(InputPreparation):
         if plan is not None:
             rotary, position = plan.reorder(rotary, position)
             mask = plan.mask(timestep_B)
-        sample = denoise(
-            hidden_states,
-            encoder_hidden_states,
-            timestep_B,
-            None if self.ofs_embedding is None else per_video("ofs", ofs, batch, device),
-            rotary,
-            position,
-            mask,
-        )
+        ofs_B = None if self.ofs_embedding is None else per_video("ofs", ofs, batch, device)
+        inputs = Inputs(hidden_states, encoder_hidden_states, timestep_B, ofs_B, rotary, position, mask)
+        sample = self.runner(self, inputs)
         if dtype != given:  # what was converted is converted back; under autocast the output has autocast's dtype
             sample = sample.to(given)
         return self._output(sample) if return_dict else (sample,)
@@ -141,10 +130,7 @@ class CogVideoXModel(InputPreparation):
             AttachedError: (a ValueError) something that would do nothing here, or cannot be compiled with the model.
         """
         check_own(self)
-        if self._compiled is not None:
-            self._compiled.follow_attached()
-        if self._packaged:
-            refuse_inside_package(self)
+        self.runner.follow_attached(self)
         self._attached.note(self)
 
     def _output(self, sample: Tensor) -> Any:
@@ -200,19 +186,14 @@ class CogVideoXModel(InputPreparation):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but the compiled code, which stays with its model; a copy compiles anew."""
-        state = {**self.__dict__, "_tables": type(self._tables)(), "_recorder": None}
-        if self._compiled is not None:
-            plain = {name: _without_forward(block) for name, block in self.transformer_blocks.named_children()}
-            blocks = _without_forward(self.transformer_blocks, _modules=plain)
-            state |= {"_compiled": None, "_modules": {**self._modules, "transformer_blocks": blocks}}
-        return state
+        return {**self.__dict__, "_tables": type(self._tables)(), "runner": self.runner.for_copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self._compile_config is not None:
+        if self.runner.compilation is not None:
             from cogx_fast.runtime.compile import compile_model
 
-            compile_model(self, self._compile_config)
+            compile_model(self, self.runner.compilation.config)
 
     # -- what else diffusers' model answers ----------------------------------------------------------------------------
 
@@ -264,8 +245,10 @@ class CogVideoXModel(InputPreparation):
                 "_native_cudnn", "flash", …).
 
         Raises:
-            ValueError: there is no backend of that name, or it cannot run here; the message says what to do.
+            ValueError: there is no backend of that name, it cannot run here, or the model runs a package; the message
+                says what to do.
         """
+        self.runner.refuse_packaged(f"the attention backend cannot be set to {backend!r}")
         self._use_attention(UPSTREAM_NAMES.get(backend.lower(), backend), self.device)
         self._attention_is_named = True
 
@@ -302,7 +285,9 @@ class CogVideoXModel(InputPreparation):
 
         Raises:
             PlanError: (a ValueError) it is another model's, or the model's attention backend takes no block masks.
+            ValueError: the model runs a package.
         """
+        self.runner.refuse_packaged("the attention plan cannot be changed")
         if plan is not None:
             plan.check(self.config, self)
         self._plan = plan
@@ -397,14 +382,6 @@ class CogVideoXModel(InputPreparation):
     def disable_gradient_checkpointing(self) -> None:
         """Keep every activation for the backward pass again."""
         self.gradient_checkpointing = False
-
-
-def _without_forward(module: nn.Module, **changed: Any) -> nn.Module:
-    """The same module, parameters and all, without a ``forward`` of its own in place of its class's."""
-    plain = copy.copy(module)
-    plain.__dict__.update(changed)
-    plain.__dict__.pop("forward", None)
-    return plain
 
 
 __all__ = ["CogVideoXModel", "TransformerOutput"]

@@ -37,8 +37,10 @@ from cogx_fast.runtime.artifact import (
     read_artifact,
     write_artifact,
 )
+from cogx_fast.runtime.attached import refuse_inside_package
 from cogx_fast.runtime.candidates import candidates
 from cogx_fast.runtime.leaves import OTHER_WEIGHTS, Weights, hash_block, leaves, named_weights, unflatten
+from cogx_fast.runtime.runner import CallWith, Runner, Slots
 from cogx_fast.runtime.upstream import model_class
 
 if TYPE_CHECKING:
@@ -169,11 +171,13 @@ def load_package(
     )
     _refuse_weights(path, manifest, model)
     sizes = SizeRange(tokens=tuple(manifest["sizes"]["tokens"]), batch=manifest["sizes"]["batch"])
-    runners = {name.removesuffix(".pt2"): _open(data, model.device) for name, data in members.items()}
+    codes = {name.removesuffix(".pt2"): _open(data, model.device) for name, data in members.items()}
     model.requires_grad_(False)
-    for index, block in enumerate(model.transformer_blocks):
-        block.forward = PackagedBlock(block, runners[manifest["blocks"][str(index)]], sizes, model.dtype)
-    model._packaged = True
+    computes = [
+        PackagedBlock(block, codes[manifest["blocks"][str(index)]], sizes, model.dtype)
+        for index, block in enumerate(model.transformer_blocks)
+    ]
+    model.runner = PackagedRunner(computes, f"the package {path}")
     return model
 
 
@@ -185,8 +189,35 @@ def _read_recipe(text: str | None) -> Recipe | None:
     return parse_recipe(text, origin="the package's recipe")
 
 
+class PackagedRunner(Runner):
+    """Runs a model whose blocks are computed by a package's code.
+
+    Args:
+        computes: for each layer what computes its block.
+        package: where they come from, in words.
+    """
+
+    def __init__(self, computes: Sequence[PackagedBlock], package: str) -> None:
+        super().__init__(Slots(call_block=CallWith(computes)))
+        self.package = package
+
+    def follow_attached(self, model: nn.Module) -> None:
+        """See that nothing is attached inside the blocks: their code is compiled already and calls nothing of it.
+
+        Raises:
+            AttachedError: (a ValueError) there is something.
+        """
+        refuse_inside_package(model)
+
+    def for_copy(self) -> NoReturn:
+        """Compiled code is not copied."""
+        raise ValueError(
+            "a model that runs a package cannot be copied or pickled: call load_package once more, in each process"
+        )
+
+
 class PackagedBlock:
-    """A block's forward as compiled code: what the code takes for granted is checked at every call.
+    """A block's computation as compiled code: what the code takes for granted is checked at every call.
 
     Args:
         block: whose weights are read at every call, so that they may be changed or replaced.
@@ -202,15 +233,16 @@ class PackagedBlock:
         self._dtype = dtype
         self._expected = [(leaf.shape, leaf.dtype, leaf.device) for leaf in self._weights.read()]
 
-    def __reduce__(self) -> NoReturn:
-        raise ValueError(
-            "a model that runs a package cannot be copied or pickled: call load_package once more, in each process"
-        )
-
     def __call__(
-        self, x_BSD: Tensor, mod_B12D: Tensor, is_text_S1: Tensor, rotary: Rotary | None, mask: Mask | LayerBlocks
+        self,
+        block: nn.Module,
+        x_BSD: Tensor,
+        mod_B12D: Tensor,
+        is_text_S1: Tensor,
+        rotary: Rotary | None,
+        mask: Mask | LayerBlocks,
     ) -> Tensor:
-        """As ``Block.forward``.
+        """As ``Block.compute``.
 
         Raises:
             ValueError: inputs or weights that the code was not compiled for.
@@ -296,13 +328,8 @@ def export_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange) -> E
     )  # fmt: skip
     mask = full_block_mask(device) if "flex" in model.attention_backends else None
     arguments = (weights, x_BSD, torch.zeros(2, 12, dim, device=device, dtype=dtype), is_text_S1, rotary)
-    forward = block.__dict__.pop("forward", None)  # of a model that is compiled
-    try:
-        with torch.no_grad():
-            return export(_Functional(block, mask), arguments, dynamic_shapes=shapes, strict=False)
-    finally:
-        if forward is not None:
-            block.forward = forward
+    with torch.no_grad():
+        return export(_Functional(block, mask), arguments, dynamic_shapes=shapes, strict=False)
 
 
 def _need_compiler() -> None:

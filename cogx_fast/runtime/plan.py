@@ -119,8 +119,8 @@ class AttentionPlan:
                 f"the attention plan has {layers} layers of {heads} heads, the model {config.num_layers} of "
                 f"{config.num_attention_heads}: make one for this model with `cogx-fast plan`"
             )
-        if model is not None and model._compile_backend is not None:
-            self.check_compiler(model._compile_backend)
+        if model is not None and model.runner.compilation is not None:
+            self.check_compiler(model.runner.compilation.config.backend)
         for name in {} if model is None else model.attention_backends:
             if BACKENDS[name].masks is not BlockMask:
                 raise PlanError(f"attention backend {name!r} takes no block masks, as attention plans need: use 'flex'")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogx_fast.model.transformer import CogVideoXTransformer
+from cogx_fast.runtime.runner import Inputs, Runner, Slots, run
 from tests.model.pairs import TOLERANCE, call, copy_of, pair
 from tests.support import RELEASED, inputs, relative_error
 
@@ -55,33 +55,31 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def core_call(name: str, backend: str = "sdpa") -> tuple[Any, dict[str, Any]]:
-    """A model and what its outer forward hands to the traced one."""
+def core_call(name: str, backend: str = "sdpa") -> tuple[Any, Inputs]:
+    """A model and what its outer forward hands to the loop over its blocks."""
     both = pair(name)
     model = copy_of(both.theirs, both.config, attention=backend)
-    handed: dict[str, Any] = {}
-    names = ("latents_BFCHW", "text_BTE", "timestep_B", "ofs_B", "rotary", "position_1SD", "mask")
+    handed: list[Inputs] = []
 
-    traced = CogVideoXTransformer.forward
+    class Recording(Runner):
+        def __call__(self, model: Any, inputs: Inputs) -> Tensor:
+            handed.append(inputs)
+            return super().__call__(model, inputs)
 
-    def record(self: CogVideoXTransformer, *arguments: Any) -> Tensor:
-        handed.update(zip(names, arguments, strict=True))
-        return traced(self, *arguments)
-
-    with torch.no_grad(), mock.patch.object(CogVideoXTransformer, "forward", record):
+    with torch.no_grad(), mock.patch.object(model, "runner", Recording()):
         model(**inputs(both.config))
-    return model, handed
+    return model, handed[0]
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_traced_forward_is_one_graph_with_one_attention_a_layer_and_nothing_in_place(name: str) -> None:
     model, handed = core_call(name)
     captured = Captured()
-    compiled = torch.compile(CogVideoXTransformer.forward, fullgraph=True, backend=captured)
+    compiled = torch.compile(run, fullgraph=True, backend=captured)
     with torch.no_grad():
-        expected = CogVideoXTransformer.forward(model, **handed)
-        assert relative_error(compiled(model, **handed), expected) <= TOLERANCE
-        compiled(model, **handed | {"timestep_B": torch.tensor([3, 4])})
+        expected = run(model, Slots(), handed)
+        assert relative_error(compiled(model, Slots(), handed), expected) <= TOLERANCE
+        compiled(model, Slots(), handed._replace(timestep_B=torch.tensor([3, 4])))
     assert len(captured.graphs) == 1
 
     operations, layers, ofs = captured.operations(), model.config.num_layers, model.config.ofs_embed_dim is not None
@@ -98,12 +96,12 @@ def test_traced_forward_with_checkpointing_is_one_graph(name: str) -> None:
     model, handed = core_call(name)
     model.enable_gradient_checkpointing()
     captured = Captured()
-    compiled = torch.compile(CogVideoXTransformer.forward, fullgraph=True, backend=captured)
-    compiled(model, **handed).square().sum().backward()
+    compiled = torch.compile(run, fullgraph=True, backend=captured)
+    compiled(model, Slots(), handed).square().sum().backward()
     assert len(captured.graphs) == 1
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
-    CogVideoXTransformer.forward(model, **handed).square().sum().backward()
+    run(model, Slots(), handed).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert relative_error(found[name], parameter.grad) <= TOLERANCE or name.endswith("norm_k.bias"), name
 
@@ -164,18 +162,18 @@ def test_callers_own_compile_trains() -> None:
     model, reference = copy_of(both.theirs, both.config), copy_of(both.theirs, both.config)
     compiled = torch.compile(model, fullgraph=True, backend=Captured())
     arguments = inputs(both.config)
-    for run in (compiled, reference):
-        run(**arguments, return_dict=False)[0].square().sum().backward()
+    for model_ in (compiled, reference):
+        model_(**arguments, return_dict=False)[0].square().sum().backward()
     for (name, ours), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert relative_error(ours.grad, expected.grad) <= TOLERANCE, name
 
 
 def test_flex_is_one_graph_with_the_mask_as_an_input() -> None:
     model, handed = core_call("5b", backend="flex")
-    assert handed["mask"] is not None
+    assert handed.mask is not None
     captured = Captured()
     with torch.no_grad():
-        torch.compile(CogVideoXTransformer.forward, fullgraph=True, backend=captured)(model, **handed)
+        torch.compile(run, fullgraph=True, backend=captured)(model, Slots(), handed)
     assert len(captured.graphs) == 1
     operations = captured.operations()
     assert operations["flex_attention"] == model.config.num_layers

@@ -17,6 +17,7 @@ from cogx_fast.model.layers import (
     OutputNorm,
     PatchEmbed,
     TimestepEmbedding,
+    patchify,
     timestep_frequencies,
     unpatchify,
 )
@@ -60,9 +61,9 @@ def test_unpatchify_turns_back_what_patch_embed_takes_apart(p: int, p_t: int | N
         embed.proj.bias.zero_()
         embed.proj.weight.copy_(torch.eye(config.inner_dim, values))
         latents = randn(2, grid[0] * (p_t or 1), channels, grid[1] * p, grid[2] * p)
-        x = embed(latents, torch.zeros(2, 3, config.text_embed_dim), None)
+        x = embed(patchify(latents, p, p_t or 1), torch.zeros(2, 3, config.text_embed_dim), None)
     patches = x[:, 3:, :values]
-    assert torch.equal(unpatchify(patches, grid, p, p_t or 1), latents)
+    assert torch.equal(unpatchify(patches, latents.shape, p, p_t or 1), latents)
     first = latents[0, : (p_t or 1), :, :p, :p].transpose(0, 1).flatten()
     assert torch.equal(patches[0, 0], first)
 
@@ -82,8 +83,9 @@ def test_patches_are_upstreams_convolution_and_leave_half_patches_out() -> None:
         )
         latents, text = randn(2, 4, config.in_channels, 7, 9)[..., : 8 if config.patch_size_t else 9], randn(2, 3, 32)
         latents = latents[..., :6, :] if config.patch_size_t else latents
+        patches = patchify(latents, config.patch_size, config.patch_size_t or 1)
         with torch.no_grad():
-            assert relative_error(ours(latents, text, None), theirs(text, latents)) <= TOLERANCE
+            assert relative_error(ours(patches, text, None), theirs(text, latents)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("activation", FEED_FORWARD_ACTIVATIONS)
@@ -150,7 +152,7 @@ def test_output_norm_is_upstreams() -> None:
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x, emb = randn(2, 7, dim), randn(2, config.time_embed_dim, seed=1)
     with torch.no_grad():
-        assert relative_error(ours(x, emb), theirs(x, temb=emb)) <= TOLERANCE
+        assert relative_error(ours(x, ours.condition(emb)), theirs(x, temb=emb)) <= TOLERANCE
 
 
 def test_timestep_embedding_takes_the_dtype_of_the_latents() -> None:

@@ -472,14 +472,30 @@ def test_compiling_a_model_with_them_says_so_at_once() -> None:
         compile_model(model, SCOPES["block"])
 
 
-def test_compiling_again_does_not_take_hooks_off() -> None:
-    from cogx_fast.runtime.compile import compile_model
+def test_compiling_again_and_not_at_all_keeps_hooks_and_patches() -> None:
+    from cogx_fast.runtime.compile import compile_model, uncompile_model
 
     model = build("block")
+    expected = run(model)
     group("block_level")(model)
-    with pytest.raises(AttachedError, match=r"group_offloading on transformer_blocks\.0.*take it away first"):
-        compile_model(model, SCOPES["block"])
-    run(model)
+    block = model.transformer_blocks[0]
+    before = block.forward
+    block.forward = lambda *a, **k: before(*a, **k) * 0.5
+    halved = run(model)
+    assert relative_error(halved, expected) > 1e-2
+    compile_model(model, SCOPES["block"])
+    assert relative_error(run(model), halved) <= 1e-5
+    uncompile_model(model)
+    assert relative_error(run(model), halved) <= 1e-5
+
+
+def test_a_patch_of_a_compiled_block_that_cannot_pass_on_how_it_is_computed_is_named() -> None:
+    model = build("block")
+    block = model.transformer_blocks[1]
+    before = block.forward
+    block.forward = lambda x, mod, is_text, rotary, mask: before(x, mod, is_text, rotary, mask)
+    with pytest.raises(AttachedError, match=r"forward of its own .* on transformer_blocks\.1.*take \*\*options"):
+        run(model)
 
 
 def test_blocks_that_had_a_hook_are_compiled() -> None:

@@ -195,7 +195,7 @@ def test_copies_compute_the_same_on_weights_of_their_own(model: Any, how: str, c
         compile_model(model, CompileConfig(backend="eager"))
     want = predict(model)
     copied = COPIES[how](model)
-    assert (copied._compiled is not None) == compiled
+    assert (copied.runner.compilation is not None) == compiled
     assert copied.config == model.config
     assert torch.equal(predict(copied), want)
     with torch.no_grad():

@@ -45,7 +45,7 @@ def recompiled() -> Explanation:
 
 def test_graphs_and_how_often_they_run(recompiled: Explanation) -> None:
     assert [(graph.function, graph.size, graph.runs) for graph in recompiled.graphs] == [
-        ("forward", 0, 2), ("forward", 1, 2)
+        ("block", 0, 2), ("block", 1, 2)
     ]  # fmt: skip
     assert not recompiled.breaks
     assert not any(graph.is_symbolic for graph in recompiled.graphs)
@@ -54,12 +54,12 @@ def test_graphs_and_how_often_they_run(recompiled: Explanation) -> None:
 
 def test_a_recompile_says_what_caused_it(recompiled: Explanation) -> None:
     (recompile,) = recompiled.recompiles
-    assert (recompile.function, recompile.size) == ("forward", 1)
+    assert (recompile.function, recompile.size) == ("block", 1)
     assert "hidden_states' size is 1 × 4 × 16 × 8 × 10, was 2 × 4 × 16 × 12 × 10" in recompile.cause
     assert "x_BSD" in recompile.cause
     assert "expected 2, actual 1" in recompile.cause
     assert "2 graphs, 0 breaks, 1 recompile" in str(recompiled)
-    assert f"recompile   forward at 1 × 13 × 64 × 80: {recompile.cause}" in str(recompiled)
+    assert f"recompile   block at 1 × 13 × 64 × 80: {recompile.cause}" in str(recompiled)
 
 
 def test_operations_are_those_of_the_cost_model(explained: Explanation) -> None:
@@ -183,7 +183,7 @@ def test_the_model_and_torch_stay_as_they_were() -> None:
     with torch.no_grad():
         before = model(**arguments).sample
     pointers = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-    forwards = [block.forward for block in model.transformer_blocks]
+    runner = model.runner
     settings, environment = config.get_config_copy(), dict(os.environ)
     counted = {group: dict(counts) for group, counts in counters.items()}
 
@@ -193,7 +193,7 @@ def test_the_model_and_torch_stay_as_they_were() -> None:
     assert dict(os.environ) == environment
     assert {group: dict(counts) for group, counts in counters.items()} == counted
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == pointers
-    assert [block.forward for block in model.transformer_blocks] == forwards
+    assert model.runner is runner
     with watch_compilation() as stats, torch.no_grad():
         after = model(**arguments).sample
     assert stats.graphs == 0

@@ -55,7 +55,8 @@ def explain(
 
     from cogx_fast.runtime.compile import CompileConfig
 
-    config = compile or getattr(model, "_compile_config", None) or CompileConfig()
+    compilation = model.runner.compilation
+    config = compile or (CompileConfig() if compilation is None else compilation.config)
     videos = _sizes(model, sizes, spatial_factor)
     with fresh_cache():
         cold = Capture(build=build, code_of_first_only=code_of_first_only)

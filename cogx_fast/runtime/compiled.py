@@ -1,0 +1,255 @@
+"""Runners of a compiled model: one graph for each kind of block, or one for the whole step."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cogx_fast.model.transformer import Block, CogVideoXTransformer
+from cogx_fast.runtime.attached import Attached, AttachedError, name_of, named, on_modules, patched_forward, refuse
+from cogx_fast.runtime.calls import Calls, describe_call
+from cogx_fast.runtime.kinds import kind_of, own
+from cogx_fast.runtime.runner import CallWith, Inputs, Runner, Slots, run
+from cogx_fast.runtime.symbols import Symbols
+
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""``torch.compile`` with everything but the function."""
+
+_INSTEAD = (
+    "use compile=False, pipe.enable_model_cpu_offload(), or enable_group_offload(offload_type='block_level', "
+    "num_blocks_per_group=1) with CompileConfig(scope='block'), which move what is around the compiled code; for "
+    "weights in eight bits, quant='fp8-weight-only'"
+)
+_compiling = threading.RLock()
+"""Held by the one thread of the process that compiles; calls of what is compiled do not take it."""
+
+
+class Piece:
+    """A compiled function. Its arguments' sizes are marked as symbols where it compiles, and only then.
+
+    Args:
+        function: what is compiled.
+        compile: compiles it.
+        mark: marks the sizes of its arguments.
+        calls: of the model.
+        inside: what is attached inside the modules that it runs.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        compile: Compile,
+        mark: Callable[..., None],
+        calls: Calls,
+        inside: list[Attached],
+    ) -> None:
+        from torch._dynamo.exc import RecompileError as TorchRecompileError
+
+        self._function, self._mark, self._calls, self._inside = function, mark, calls, inside
+        self._compiled = compile(own(function, calls.what.removeprefix("the ")))
+        self._is_warm = False
+        self._refused = TorchRecompileError
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function, compiled; under a caller's own ``torch.compile`` a part of that graph."""
+        if torch.compiler.is_compiling():
+            return self._function(*arguments)
+        if not self._is_warm:
+            return self._first(*arguments)
+        with contextlib.suppress(self._refused):
+            return self._compiled(*arguments)
+        return self._again(*arguments)
+
+    def _first(self, *arguments: Any) -> Any:
+        with _compiling:  # of two first calls at once, one compiles
+            if self._is_warm:
+                return self(*arguments)
+            result = self._compile(*arguments)
+            self._is_warm = True
+            return result
+
+    def _again(self, *arguments: Any) -> Any:
+        import torch._dynamo.config as dynamo
+
+        with _compiling:
+            try:
+                return self._compile(*arguments)  # what this needs may have been compiled by another thread meanwhile
+            except self._refused as error:
+                self._calls.tell(self._calls.explain(str(error)))
+            with dynamo.patch(error_on_recompile=False):
+                return self._compile(*arguments)
+
+    def _compile(self, *arguments: Any) -> Any:
+        from torch._dynamo.exc import Unsupported
+
+        self._mark(*arguments)
+        try:
+            return self._calls.directory.retried(self._compiled, *arguments)
+        except Unsupported as error:
+            if not self._inside:
+                raise
+            raise AttachedError(
+                f"{self._calls.what} cannot be compiled as one graph with what is attached inside it: "
+                f"{named(self._inside)}. What to do: use compile=False; or write it so that torch can trace it. "
+                f"torch's reason: {error}"
+            ) from error
+
+
+class CompiledRunner(Runner):
+    """Runs a model with its blocks compiled, one graph for each kind; what is before and after them runs as it is.
+
+    Args:
+        slots: how each part of a step is done otherwise.
+        model: whose blocks they are; it is not kept.
+        compilation: how, and what it makes.
+        compile: compiles a function.
+        symbols: which sizes are symbolic.
+        calls: how recompiles are told.
+    """
+
+    def __init__(
+        self, slots: Slots, model: Any, *, compilation: Any, compile: Compile, symbols: Symbols, calls: Calls
+    ) -> None:
+        super().__init__(slots)
+        self.compilation = compilation
+        self._compile, self._symbols, self._calls = compile, symbols, calls
+        self._pieces: dict[Any, tuple[Any, Any]] = {}
+        self._inside: list[Attached] | None = None
+        self.follow_attached(model)
+
+    def __call__(self, model: Any, inputs: Inputs) -> Tensor:
+        """A step, compiled; under a caller's own ``torch.compile`` a part of that graph."""
+        if torch.compiler.is_compiling():
+            return run(model, self.slots, inputs)
+        inputs = own_tensors(inputs)
+        with self._calls.during(describe_call(model, inputs)):
+            return self._run(model, inputs)
+
+    def _run(self, model: CogVideoXTransformer, inputs: Inputs) -> Tensor:
+        return run(model, self.slots, inputs)
+
+    # -- what is attached ---------------------------------------------------------------------------------------------
+
+    def follow_attached(self, model: CogVideoXTransformer) -> None:
+        """Compile anew where something was attached inside what is compiled, or taken away: torch does not notice.
+
+        Raises:
+            AttachedError: (a ValueError) what moves or casts weights in there, which cannot be traced.
+            RecompileError: the model was called before, and may not compile again (``strict``).
+        """
+        _refuse_patches(model)
+        inside = self._attached_inside(model)
+        placing = [replace(each, remedy=_INSTEAD) for each in inside if each.kind == "placing"]
+        refuse(
+            placing, f"{self._calls.what} cannot be compiled as one graph with what moves or casts weights inside it"
+        )
+        if inside == self._inside:
+            return
+        if self._inside is not None and self._calls:
+            there = f"there is now {named(inside)}" if inside else "nothing is there any more"
+            self._calls.tell(
+                f"{self._calls.what} compiles again: something was attached inside it or taken away ({there}). Attach "
+                "it before the first call"
+            )
+        self._inside = inside
+        self._prepare(model)
+
+    def _attached_inside(self, model: CogVideoXTransformer) -> list[Attached]:
+        """Hooks on a block run around its compiled code; those on what is in it are compiled with it."""
+        return [each for name, block in _blocks(model) for each in on_modules(block, name, itself=False)]
+
+    def _prepare(self, model: CogVideoXTransformer) -> None:
+        def compiled(block: nn.Module, inside: list[Attached]) -> Piece:
+            return Piece(Block.compute, self._compile, self._symbols.mark_block, self._calls, inside)
+
+        self.slots = replace(self.slots, call_block=CallWith(self._by_kind(model, compiled)))
+
+    def _by_kind(self, model: CogVideoXTransformer, make: Callable[[nn.Module, list[Attached]], Any]) -> list[Any]:
+        """For each block what was made for the first one of its kind, which is also what is attached inside it."""
+        found = []
+        for name, block in _blocks(model):
+            inside = on_modules(block, name, itself=False)
+            of_kind = ((each.where.removeprefix(name), each.what, id(each.object)) for each in inside)
+            kind = kind_of(block), tuple(of_kind)
+            if kind not in self._pieces:
+                self._pieces[kind] = make(block, inside), inside  # kept, so that an id remains theirs
+            found.append(self._pieces[kind][0])
+        return found
+
+
+class WholeRunner(CompiledRunner):
+    """Runs a model as one graph, in which a kind of block is a region, compiled once (but for ``unrolled``)."""
+
+    def _attached_inside(self, model: CogVideoXTransformer) -> list[Attached]:
+        parts = [*model.named_children(), *_blocks(model)]
+        return [each for name, part in parts if name != "transformer_blocks" for each in on_modules(part, name)]
+
+    def _prepare(self, model: CogVideoXTransformer) -> None:
+        if self.compilation is not None and not self.compilation.config.unrolled:
+            self.slots = replace(self.slots, call_block=CallWith(self._by_kind(model, _region)))
+        assert self._inside is not None
+        self._whole = Piece(run, self._compile, self._mark, self._calls, self._inside)
+
+    def _mark(self, model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> None:
+        self._symbols.mark_inputs(inputs)
+
+    def _run(self, model: CogVideoXTransformer, inputs: Inputs) -> Tensor:
+        is_replayed = self._symbols.cuda_graphs and inputs.latents_BFCHW.is_cuda
+        if is_replayed:
+            torch.compiler.cudagraph_mark_step_begin()
+        sample = cast(Tensor, self._whole(model, self.slots, inputs))
+        return sample.clone() if is_replayed else sample  # the next replay writes over what was recorded
+
+
+def _region(block: nn.Module, inside: list[Attached]) -> Callable[..., Any] | None:
+    """A block as a region of a graph; None for quantized weights, for which torch has no rule there (2.13)."""
+    if any(hasattr(tensor, "__tensor_flatten__") for tensor in block.parameters()):
+        return None
+    return cast(Callable[..., Any], torch.compiler.nested_compile_region(own(Block.compute, "block")))
+
+
+def _refuse_patches(model: CogVideoXTransformer) -> None:
+    """A block's ``forward`` is told what computes the block; one of the caller's own has to pass that on."""
+    found = []
+    for name, block in _blocks(model):
+        patch = patched_forward(block)
+        if patch is not None and not _takes_compute(patch):
+            remedy = "let it take **options and pass them to the forward that it stands for"
+            found.append(Attached(name, f"a forward of its own ({name_of(patch)})", remedy, "patch"))
+    refuse(found, "a compiled block is called with compute=..., which this does not take")
+
+
+def _takes_compute(function: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(each.name == "compute" or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def _blocks(model: CogVideoXTransformer) -> list[tuple[str, nn.Module]]:
+    return [(f"transformer_blocks.{name}", block) for name, block in model.transformer_blocks.named_children()]
+
+
+def own_tensors(inputs: Inputs) -> Inputs:
+    """The same values in objects of our own to mark, laid out the same way whatever the caller's strides."""
+    mask = inputs.mask
+    return inputs._replace(
+        latents_BFCHW=inputs.latents_BFCHW.contiguous().view_as(inputs.latents_BFCHW),
+        text_BTE=inputs.text_BTE.contiguous().view_as(inputs.text_BTE),
+        timestep_B=_per_video(inputs.timestep_B),
+        ofs_B=None if inputs.ofs_B is None else _per_video(inputs.ofs_B),
+        mask=mask.view_as(mask) if isinstance(mask, Tensor) else mask,
+    )
+
+
+def _per_video(tensor_B: Tensor) -> Tensor:
+    """A number for each video as fp32, which is what it is read as, one after the other in memory."""
+    return tensor_B.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+__all__ = ["CompiledRunner", "Piece", "WholeRunner", "own_tensors"]

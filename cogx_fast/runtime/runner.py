@@ -1,0 +1,204 @@
+"""The one loop over the blocks: begin, every block, head. What may differ between runs stands in the slots.
+
+| slot | what it decides | its values |
+|---|---|---|
+| call_block | how a block is computed | eager (here); compiled (``compiled``); packaged (``package``) |
+| residency | where a block's weights are when it is called | on the device (here) |
+| reuse | which blocks a step computes | all of them (here) |
+| split | which part of the stream this process computes | all of it (here) |
+
+A runner keeps nothing of a call, so several threads may run at once.
+
+Suffixes: B batch, F latent frames, C channels, H/W latent height/width, S joint tokens (text first), T text tokens,
+V video tokens, E width of text, D model width, L layers, P values of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cogx_fast.model.attention import Mask, Rotary
+from cogx_fast.model.layers import patchify, unpatchify
+from cogx_fast.model.masks import LayerBlocks, SparseBlocks
+from cogx_fast.model.transformer import Block, CogVideoXTransformer, Conditioning
+
+if TYPE_CHECKING:
+    from cogx_fast.runtime.compile import Compilation
+
+
+class Inputs(NamedTuple):
+    """What a step computes with, as ``CogVideoXModel.forward`` prepares it."""
+
+    latents_BFCHW: Tensor
+    """Noisy latents (with the image's behind them along C for image-to-video)."""
+    text_BTE: Tensor
+    """The text encoder's output."""
+    timestep_B: Tensor
+    """Diffusion timesteps, 0 to 1000."""
+    ofs_B: Tensor | None = None
+    """1.5 image-to-video's offset."""
+    rotary: Rotary | None = None
+    """``(cos_SK, sin_SK)`` of the joint stream, fp32."""
+    position_1SD: Tensor | None = None
+    """Positions added to the joint stream."""
+    mask: Mask | SparseBlocks = None
+    """For the attention backend; with ``SparseBlocks`` each layer has its own, and the video tokens stand in their
+    order, in which the tables are, too."""
+
+
+class ForBlocks(NamedTuple):
+    """What every block is given besides the stream."""
+
+    mods_B12D: Sequence[Tensor]
+    """Each layer's modulation."""
+    is_text_S1: Tensor
+    rotary: Rotary | None
+    mask: Mask | SparseBlocks
+
+    def of(self, layer: int) -> tuple[Tensor, Tensor, Rotary | None, Mask | LayerBlocks]:
+        """That layer's modulation ``mod_B12D``, the text's selector ``is_text_S1``, rotary tables and mask."""
+        mask = self.mask.of_layer(layer) if isinstance(self.mask, SparseBlocks) else self.mask
+        return self.mods_B12D[layer], self.is_text_S1, self.rotary, mask
+
+
+ComputeBlocks = Callable[[Tensor, int, int], Tensor]
+"""(x_BSD, first layer, last layer exclusive) -> x_BSD"""
+
+
+def call_eagerly(layer: int, block: Block) -> Callable[..., Tensor]:
+    """What computes a block: the block as it stands."""
+    return block
+
+
+@dataclass(frozen=True)
+class CallWith:
+    """Has each block computed by a function in the place of ``Block.compute``. Hooks on a block run around that."""
+
+    computes: Sequence[Callable[..., Tensor] | None]
+    """For each layer; None is the block's own."""
+
+    def __call__(self, layer: int, block: Block) -> Callable[..., Tensor]:
+        """The block with that function."""
+        return partial(block, compute=self.computes[layer])
+
+
+def on_device(blocks: Iterable[Any], first: int, last: int) -> Iterable[tuple[int, Block]]:
+    """Blocks whose weights lie where they are needed."""
+    return enumerate(list(blocks)[first:last], first)
+
+
+def compute_all(compute: ComputeBlocks, x_BSD: Tensor, num_layers: int) -> Tensor:
+    """Every block in every step."""
+    return compute(x_BSD, 0, num_layers)
+
+
+class Whole:
+    """The whole stream in this process."""
+
+    def enter(self, x_BSD: Tensor, inputs: ForBlocks) -> tuple[Tensor, ForBlocks]:
+        """Before the blocks: this process's part of the stream and of what goes with it."""
+        return x_BSD, inputs
+
+    def leave(self, x_BSD: Tensor) -> Tensor:
+        """After them: the whole stream again."""
+        return x_BSD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """How each part of a step is done. The default values cost nothing and can be traced."""
+
+    begin: Callable[..., tuple[Tensor, Tensor, Conditioning]] = CogVideoXTransformer.begin
+    call_block: Callable[[int, Block], Callable[..., Tensor]] = call_eagerly
+    head: Callable[..., Tensor] = CogVideoXTransformer.head
+    residency: Callable[..., Iterable[tuple[int, Block]]] = on_device
+    reuse: Callable[[ComputeBlocks, Tensor, int], Tensor] = compute_all
+    split: Whole = Whole()  # noqa: RUF009  # it holds nothing
+
+
+def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
+    """One step: the prediction, ``(B, F, C_out, H, W)`` in the latents' dtype (H and W down to whole patches)."""
+    latents_BFCHW, text_BTE, timestep_B, ofs_B, rotary, position_1SD, mask = inputs
+    order_V, restore_V = mask.order if isinstance(mask, SparseBlocks) else (None, None)
+    patch = model.patch_embed.patch_size, model.patch_embed.patch_size_t
+    x_BSD, is_text_S1, conditioning = slots.begin(
+        model, patchify(latents_BFCHW, *patch), text_BTE, timestep_B, ofs_B, position_1SD, order_V
+    )
+    for_blocks = ForBlocks(conditioning.mod_BL12D.unbind(1), is_text_S1, rotary, mask)
+    x_BSD, for_blocks = slots.split.enter(x_BSD, for_blocks)
+    is_checkpointed = model.gradient_checkpointing and torch.is_grad_enabled()
+
+    def compute(x_BSD: Tensor, first: int, last: int) -> Tensor:
+        for layer, block in slots.residency(model.transformer_blocks, first, last):
+            call = slots.call_block(layer, block)
+            if is_checkpointed:
+                call = partial(model._gradient_checkpointing_func or _checkpoint, call)
+            x_BSD = call(x_BSD, *for_blocks.of(layer))
+        return x_BSD
+
+    x_BSD = slots.split.leave(slots.reuse(compute, x_BSD, len(model.transformer_blocks)))
+    patches_BVP = slots.head(model, x_BSD[:, text_BTE.shape[1] :], conditioning.out_B2D, restore_V)
+    return unpatchify(patches_BVP, latents_BFCHW.shape, *patch)
+
+
+def _checkpoint(call: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """A block of which the backward pass keeps the input only, and computes the rest again."""
+    return cast(Tensor, checkpoint(call, *inputs, use_reentrant=False))
+
+
+class Runner:
+    """Runs a model's steps with these slots, eagerly.
+
+    Args:
+        slots: how each part of a step is done.
+    """
+
+    compilation: Compilation | None = None
+    """How the model is compiled, and what that made; None: it is not."""
+
+    package: str | None = None
+    """The package that its blocks' code comes from, in words."""
+
+    def __init__(self, slots: Slots | None = None) -> None:
+        self.slots = slots or Slots()
+
+    def __call__(self, model: CogVideoXTransformer, inputs: Inputs) -> Tensor:
+        """``run`` with these slots."""
+        return run(model, self.slots, inputs)
+
+    def follow_attached(self, model: CogVideoXTransformer) -> None:
+        """Take note of what was attached to the model's modules, or taken away, since the last call."""
+
+    def for_copy(self) -> Runner:
+        """What a copied or pickled model has in its place: compiled code stays with its model, a copy compiles anew."""
+        copied = Runner()
+        copied.compilation = self.compilation
+        return copied
+
+    def refuse_packaged(self, what: str) -> None:
+        """Refuse to change what a package's compiled code has settled.
+
+        Args:
+            what: the change, e.g. "the attention backend cannot be changed".
+
+        Raises:
+            ValueError: the blocks' code comes from a package.
+        """
+        if self.package is not None:
+            raise ValueError(
+                f"{what}: the model's blocks run compiled code of {self.package}; use load(..., compile=True), or "
+                "export a package that is made so"
+            )
+
+
+__all__ = [
+    "CallWith", "ComputeBlocks", "ForBlocks", "Inputs", "Runner", "Slots", "Whole", "call_eagerly", "compute_all",
+    "on_device", "run",
+]  # fmt: skip
