@@ -23,7 +23,6 @@ from cogx_fast.model.backends import BACKENDS, Backend
 from cogx_fast.model.part import PLACING, AttachedError, does_not_work
 from cogx_fast.model.transformer import Attention
 
-_HERE = Path(__file__).resolve().parent.parent
 _TORCH = Path(torch.__file__).resolve().parent
 _TORCH_HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
@@ -113,13 +112,12 @@ def on_modules(module: nn.Module, where: str = "", *, itself: bool = True) -> li
 
 
 def patched_forward(module: nn.Module) -> Any:
-    """The ``forward`` that somebody gave this very module; None for its class's own, compiled or not, and for ours."""
+    """The ``forward`` that somebody gave this very module; None for its class's own, compiled or not."""
     forward = vars(module).get("forward")
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
     if forward is None or getattr(forward, "__func__", None) is type(module).forward:
         return None
-    home = _home(getattr(forward, "func", forward))
-    return None if home is not None and home.is_relative_to(_HERE) else forward
+    return forward
 
 
 def _home(function: Any) -> Path | None:

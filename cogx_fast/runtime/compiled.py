@@ -71,19 +71,18 @@ class Piece:
         with _compiling:  # of two first calls at once, one compiles
             if self._is_warm:
                 return self(*arguments)
-            result = self._compile(*arguments)
+            with _may_recompile():  # a part of it may, where graph breaks are allowed (``explain``)
+                result = self._compile(*arguments)
             self._is_warm = True
             return result
 
     def _again(self, *arguments: Any) -> Any:
-        import torch._dynamo.config as dynamo
-
         with _compiling:
             try:
                 return self._compile(*arguments)  # what this needs may have been compiled by another thread meanwhile
             except self._refused as error:
                 self._calls.tell(self._calls.explain(str(error)))
-            with dynamo.patch(error_on_recompile=False):
+            with _may_recompile():
                 return self._compile(*arguments)
 
     def _compile(self, *arguments: Any) -> Any:
@@ -100,6 +99,12 @@ class Piece:
                 f"{named(self._inside)}. What to do: use compile=False; or write it so that torch can trace it. "
                 f"torch's reason: {error}"
             ) from error
+
+
+def _may_recompile() -> contextlib.AbstractContextManager[Any]:
+    import torch._dynamo.config as dynamo
+
+    return cast(contextlib.AbstractContextManager[Any], dynamo.patch(error_on_recompile=False))
 
 
 class CompiledRunner(Runner):
