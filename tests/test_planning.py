@@ -121,12 +121,12 @@ def test_only_given_patterns_are_chosen_and_hooks_are_gone(tiny: Any) -> None:
 
 
 def test_a_model_that_is_not_dense_is_refused(tiny: Any) -> None:
-    tiny.transformer._plan = object()
+    tiny.transformer.inputs.plan = object()
     try:
         with pytest.raises(PlanError, match="uncompiled and without a plan"):
             find_plan(tiny, REQUESTS, max_error=0.1)
     finally:
-        tiny.transformer._plan = None
+        tiny.transformer.inputs.plan = None
 
 
 def test_the_command_writes_a_plan_that_loads(tmp_path: Path) -> None:

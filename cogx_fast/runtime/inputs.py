@@ -3,80 +3,97 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cogx_fast.config import ConfigError, TransformerConfig
+from cogx_fast.config import TransformerConfig
 from cogx_fast.model.attention import Mask, Rotary
-from cogx_fast.model.backends import BACKENDS
-from cogx_fast.model.masks import full_block_mask
+from cogx_fast.model.masks import SparseBlocks, full_block_mask
 from cogx_fast.model.tables import Grid, join_rotary, rotary_tables, sincos_table
-from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
-from cogx_fast.runtime.plan import AttentionPlan, GridPlan
+from cogx_fast.model.transformer import CogVideoXTransformer
+from cogx_fast.runtime.plan import AttentionPlan
+from cogx_fast.runtime.runner import Inputs
 
 _TABLES_HELD = 8
-_OF_THE_VIDEO = ("sample_height", "sample_width", "sample_frames", "max_text_seq_length")
-"""Fields that pipelines read for their defaults and that no weight depends on, but for learned positions."""
 
 
-class InputPreparation(CogVideoXTransformer):
-    """The transformer with what turns diffusers' arguments into its own.
+class Preparation:
+    """Turns diffusers' arguments into ``Inputs``; keeps the tables of the last few sizes.
 
     Args:
-        config: its sizes and options.
-        attention: the attention backend, a name from ``cogx_fast.model.backends.BACKENDS``.
+        config: as the model was built with.
     """
 
-    def __init__(self, config: TransformerConfig, *, attention: str = "sdpa") -> None:
-        super().__init__(config, attention=attention)
-        self._config = config  # as it was built; ``config`` may say other sizes of the default video since
-        self._registered = config
+    def __init__(self, config: TransformerConfig) -> None:
+        self._built = config
+        self._config = config
         self._told_dtypes: set[tuple[torch.dtype, ...]] = set()
-        self._tables: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
-        self._plan: AttentionPlan | None = None
+        self.tables: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        """What was made for a size, by what it is and the size."""
+        self.plan: AttentionPlan | None = None
+        """The sparse attention in use."""
 
-    @property
-    def config(self) -> TransformerConfig:
-        """The configuration, readable as an object and as a dict."""
-        return self._registered
+    def use(self, config: TransformerConfig) -> None:
+        """From now on the default video, whose size tables depend on, is this configuration's."""
+        self._config = config
+        self.tables.clear()
 
-    def register_to_config(self, **values: Any) -> None:
-        """Change what the configuration says of the default video, or note keys of the caller's own in it.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "tables": OrderedDict()}  # a copy makes its own
+
+    def __call__(
+        self,
+        model: CogVideoXTransformer,
+        latents: Tensor,
+        text: Tensor,
+        timestep: Any,
+        ofs: Any,
+        rotary: tuple[Tensor, Tensor] | None,
+        attention_kwargs: Mapping[str, Any] | None,
+        *,
+        takes_block_masks: bool,
+    ) -> Inputs:
+        """The arguments of ``CogVideoXModel.forward`` as a step computes with them.
+
+        Args:
+            model: whose call it is.
+            latents, text, timestep, ofs, rotary, attention_kwargs: the call's.
+            takes_block_masks: whether its attention backend does, and so wants one that hides nothing.
 
         Raises:
-            ConfigError: (a ValueError) a field that the model was built by has another value, or one is impossible.
+            ValueError: something does not fit the configuration or the rest; the message says what.
         """
-        fields = dataclasses.asdict(self._registered)
-        built = [name for name in fields if name in values and values[name] != fields[name]]
-        changed = [name for name in built if name not in _OF_THE_VIDEO]
-        if self._config.use_learned_positional_embeddings:  # these are for that size alone
-            changed = built
-        if changed:
-            raise ConfigError(
-                f"register_to_config would have the config say {', '.join(f'{n}={values[n]!r}' for n in changed)}, but "
-                f"the model was built with {', '.join(f'{n}={fields[n]!r}' for n in changed)}, and so its weights are "
-                "written and read: build another model with that configuration"
-            )
-        self._registered = self._registered.register(**values)
-        self._tables.clear()
+        grid = self._check(latents, text)
+        latents, text = self._in_own_dtype(model, latents, text)
+        batch, text_len = text.shape[:2]
+        device, dtype = latents.device, latents.dtype
+        timestep_B = per_video("timestep", timestep, batch, device)
+        ofs_B = None
+        if model.ofs_embedding is not None:
+            if ofs is None:
+                raise ValueError(
+                    "ofs is None, but this model (1.5 image-to-video) needs it: pass 2.0, as the pipeline does"
+                )
+            ofs_B = per_video("ofs", ofs, batch, device)
+        joint = self._rotary(grid, text_len, rotary, device)
+        position = self._positions(model, latents.shape, grid, text_len, device, dtype)
+        mask: Mask | SparseBlocks = self._mask(attention_kwargs, batch, text_len + math.prod(grid), device)
+        if mask is None and takes_block_masks:
+            mask = self._held(("mask", device), lambda: full_block_mask(device))
+        if (plan := self.plan) is not None:
+            on_grid = self._held(("plan", grid, text_len, device), lambda: plan.on_grid(grid, text_len, device))
+            joint, position = on_grid.reorder(joint, position)
+            mask = on_grid.mask(timestep_B)
+        return Inputs(latents, text, timestep_B, ofs_B, joint, position, mask)
 
-    @property
-    def attention_backends(self) -> dict[str, None]:
-        """Names of the attention backends in use, usually one."""
-        return dict.fromkeys(attention.backend for attention in self._attentions())
-
-    def _attentions(self) -> Iterator[Attention]:
-        return (cast(Block, block).attn1 for block in self.transformer_blocks)
-
-    def _check_inputs(self, latents: Tensor, text: Tensor, timestep_cond: Tensor | None, ofs: Any) -> Grid:
-        config = self.config
+    def _check(self, latents: Tensor, text: Tensor) -> Grid:
+        config = self._config
         if latents.dim() != 5 or latents.shape[2] != config.in_channels:
             raise ValueError(
                 f"hidden_states has shape {tuple(latents.shape)}, expected (batch, latent frames, "
@@ -87,20 +104,14 @@ class InputPreparation(CogVideoXTransformer):
                 f"encoder_hidden_states has shape {tuple(text.shape)}, expected (batch {latents.shape[0]}, "
                 f"text tokens, {config.text_embed_dim})"
             )
-        if timestep_cond is not None:
-            raise ValueError("timestep_cond is given, but no CogVideoX model has a projection for it: pass None")
-        if self.ofs_embedding is not None and ofs is None:
-            raise ValueError(
-                "ofs is None, but this model (1.5 image-to-video) needs it: pass 2.0, as the pipeline does"
-            )
         return config.grid(latents.shape[1], latents.shape[3], latents.shape[4])
 
-    def _in_own_dtype(self, latents: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def _in_own_dtype(self, model: CogVideoXTransformer, latents: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Both in the dtype of the weights, with one warning where that changes them."""
         for name, tensor in (("hidden_states", latents), ("encoder_hidden_states", text)):
             if not tensor.is_floating_point():
                 raise ValueError(f"{name} is {tensor.dtype}, expected a floating-point dtype, best the weights' own")
-        weight: Any = getattr(self.patch_embed.proj, "weight", None)
+        weight: Any = getattr(model.patch_embed.proj, "weight", None)
         if not isinstance(weight, Tensor) or weight.dtype.itemsize == 1:
             return latents, text
         dtypes = (latents.dtype, text.dtype, weight.dtype)
@@ -115,21 +126,21 @@ class InputPreparation(CogVideoXTransformer):
                 f"hidden_states is {dtypes[0]}, encoder_hidden_states is {dtypes[1]} and the weights are "
                 f"{weight.dtype}: the call is computed in {own}. Have all in one dtype: load the model with "
                 f"dtype={given!r}, or the pipeline with torch_dtype={weight.dtype}",
-                stacklevel=3,
+                stacklevel=4,
             )
         return latents.to(weight.dtype), text.to(weight.dtype)
 
     def _rotary(
         self, grid: Grid, text_len: int, given: tuple[Tensor, Tensor] | None, device: torch.device
     ) -> Rotary | None:
-        if given is None and not self.config.use_rotary_positional_embeddings:
+        if given is None and not self._config.use_rotary_positional_embeddings:
             return None
         if given is None:
             return self._held(
                 ("rotary", grid, text_len, device),
-                lambda: join_rotary(*rotary_tables(self.config, grid, device), text_len),
+                lambda: join_rotary(*rotary_tables(self._config, grid, device), text_len),
             )
-        expected = (math.prod(grid), self.config.attention_head_dim)
+        expected = (math.prod(grid), self._config.attention_head_dim)
         if len(given) != 2:
             raise ValueError(f"image_rotary_emb has {len(given)} parts, expected two: (cos, sin)")
         for table in given:
@@ -142,9 +153,15 @@ class InputPreparation(CogVideoXTransformer):
         return join_rotary(cos.to(device), sin.to(device), text_len)
 
     def _positions(
-        self, latents_shape: torch.Size, grid: Grid, text_len: int, device: torch.device, dtype: torch.dtype
+        self,
+        model: CogVideoXTransformer,
+        latents_shape: torch.Size,
+        grid: Grid,
+        text_len: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> Tensor | None:
-        config = self._config
+        config = self._built
         if config.use_rotary_positional_embeddings and not config.use_learned_positional_embeddings:
             return None
         if text_len > config.max_text_seq_length:
@@ -158,7 +175,7 @@ class InputPreparation(CogVideoXTransformer):
                     f"for {config.sample_height} × {config.sample_width} only: generate at that size"
                 )
             if (latents_shape[1] - 1) * config.temporal_compression_ratio + 1 == config.sample_frames:
-                learned: Tensor = self.patch_embed.pos_embedding  # type: ignore[assignment]  # a buffer
+                learned: Tensor = model.patch_embed.pos_embedding  # type: ignore[assignment]  # a buffer
                 if text_len == config.max_text_seq_length:
                     return learned
                 return torch.cat([learned[:, :text_len], learned[:, config.max_text_seq_length :]], dim=1)
@@ -174,32 +191,24 @@ class InputPreparation(CogVideoXTransformer):
         if kwargs:
             warnings.warn(
                 f"attention_kwargs {sorted(kwargs)} are not known and ignored; known are 'attention_mask' and 'scale'",
-                stacklevel=3,
+                stacklevel=4,
             )
-        if mask is not None and self._plan is not None:
+        if mask is not None and self.plan is not None:
             raise ValueError("an attention_mask is given, but an attention plan is set, which is a mask: leave one out")
-        if mask is None:
-            takes_block_mask = any(BACKENDS[name].masks not in (None, Tensor) for name in self.attention_backends)
-            return self._held(("mask", device), lambda: full_block_mask(device)) if takes_block_mask else None
-        return _joint_mask(mask, batch, self.config.num_attention_heads, tokens)
-
-    def _planned(self, grid: Grid, text_len: int, device: torch.device) -> GridPlan | None:
-        if (plan := self._plan) is None:
-            return None
-        return self._held(("plan", grid, text_len, device), lambda: plan.on_grid(grid, text_len, device))
+        return None if mask is None else _joint_mask(mask, batch, self._config.num_attention_heads, tokens)
 
     def _held(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """A table made once for each key; the oldest of more than a few are dropped."""
         if torch.compiler.is_compiling():  # under the caller's own torch.compile a table is part of the graph
             return make()
-        table = self._tables.pop(key, None)  # two threads may make it twice, which is no harm
+        table = self.tables.pop(key, None)  # two threads may make it twice, which is no harm
         if table is None:
             with torch.inference_mode(False):  # made under inference mode it could not be trained with later
                 table = make()
-        while len(self._tables) >= _TABLES_HELD:
+        while len(self.tables) >= _TABLES_HELD:
             with contextlib.suppress(KeyError):
-                self._tables.popitem(last=False)
-        self._tables[key] = table
+                self.tables.popitem(last=False)
+        self.tables[key] = table
         return table
 
 
@@ -232,4 +241,4 @@ def per_video(name: str, value: Any, batch: int, device: torch.device) -> Tensor
     return tensor.reshape(-1).expand(batch)
 
 
-__all__ = ["InputPreparation", "per_video"]
+__all__ = ["Preparation", "per_video"]

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from cogx_fast.config import TransformerConfig
-from cogx_fast.model.attention import Mask
+from cogx_fast.config import ConfigError, TransformerConfig
 from cogx_fast.model.backends import BACKENDS, UPSTREAM_NAMES, Backend, ready_backend
-from cogx_fast.model.masks import SparseBlocks
+from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
 from cogx_fast.runtime.attached import Watch, check_own, check_processor
 from cogx_fast.runtime.choice import AttentionFor, Choice, choose_attention
-from cogx_fast.runtime.inputs import InputPreparation, per_video
+from cogx_fast.runtime.inputs import Preparation
 from cogx_fast.runtime.plan import AttentionPlan
 from cogx_fast.runtime.quantized import follow_dtype
-from cogx_fast.runtime.runner import Inputs, Runner
+from cogx_fast.runtime.runner import Runner
 
 if TYPE_CHECKING:
     from cogx_fast.runtime.explain import Explanation
+
+_OF_THE_VIDEO = ("sample_height", "sample_width", "sample_frames", "max_text_seq_length")
+"""Fields that pipelines read for their defaults and that no weight depends on, but for learned positions."""
 
 
 class TransformerOutput(NamedTuple):
@@ -33,7 +34,7 @@ class TransformerOutput(NamedTuple):
     sample: Tensor
 
 
-class CogVideoXModel(InputPreparation):
+class CogVideoXModel(CogVideoXTransformer):
     """A CogVideoX transformer that is called as diffusers' ``CogVideoXTransformer3DModel`` is.
 
     It is built with uninitialised or random weights here; ``cogx_fast.load`` gives it real ones.
@@ -45,6 +46,10 @@ class CogVideoXModel(InputPreparation):
 
     def __init__(self, config: TransformerConfig, *, attention: str = "sdpa") -> None:
         super().__init__(config, attention=attention)
+        self._config = config  # as it was built; ``config`` may say other sizes of the default video since
+        self._registered = config
+        self.inputs = Preparation(config)
+        """What makes a step's inputs of a call's arguments."""
         self.runner = Runner()
         """What runs its steps: eagerly; compiled, set by ``runtime.compile``; or a package, by ``runtime.package``."""
         self.attention_choice: Choice | None = None
@@ -63,6 +68,39 @@ class CogVideoXModel(InputPreparation):
     def dtype(self) -> torch.dtype:
         """The dtype of the model's floating-point parameters (the first one's)."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The configuration, readable as an object and as a dict."""
+        return self._registered
+
+    def register_to_config(self, **values: Any) -> None:
+        """Change what the configuration says of the default video, or note keys of the caller's own in it.
+
+        Raises:
+            ConfigError: (a ValueError) a field that the model was built by has another value, or one is impossible.
+        """
+        fields = dataclasses.asdict(self._registered)
+        built = [name for name in fields if name in values and values[name] != fields[name]]
+        changed = [name for name in built if name not in _OF_THE_VIDEO]
+        if self._config.use_learned_positional_embeddings:  # these are for that size alone
+            changed = built
+        if changed:
+            raise ConfigError(
+                f"register_to_config would have the config say {', '.join(f'{n}={values[n]!r}' for n in changed)}, but "
+                f"the model was built with {', '.join(f'{n}={fields[n]!r}' for n in changed)}, and so its weights are "
+                "written and read: build another model with that configuration"
+            )
+        self._registered = self._registered.register(**values)
+        self.inputs.use(self._registered)
+
+    @property
+    def attention_backends(self) -> dict[str, None]:
+        """Names of the attention backends in use, usually one."""
+        return dict.fromkeys(attention.backend for attention in self._attentions())
+
+    def _attentions(self) -> Iterator[Attention]:
+        return (cast(Block, block).attn1 for block in self.transformer_blocks)
 
     def forward(
         self,
@@ -100,27 +138,24 @@ class CogVideoXModel(InputPreparation):
         """
         if not torch.compiler.is_compiling() and self._attached.has_changed():
             self.check_attached()
-        grid = self._check_inputs(hidden_states, encoder_hidden_states, timestep_cond, ofs)
-        given = hidden_states.dtype
-        hidden_states, encoder_hidden_states = self._in_own_dtype(hidden_states, encoder_hidden_states)
-        batch, text_len = encoder_hidden_states.shape[:2]
-        device, dtype = hidden_states.device, hidden_states.dtype
+        if timestep_cond is not None:
+            raise ValueError("timestep_cond is given, but no CogVideoX model has a projection for it: pass None")
         question = self._attention_for
-        if question is not None and question.device != device and not self._attention_is_named:
-            self._choose_attention(dataclasses.replace(question, device=device))
-        timestep_B = per_video("timestep", timestep, batch, device)
-        rotary = self._rotary(grid, text_len, image_rotary_emb, device)
-        position = self._positions(hidden_states.shape, grid, text_len, device, dtype)
-        mask: Mask | SparseBlocks = self._mask(attention_kwargs, batch, text_len + math.prod(grid), device)
-        plan = self._planned(grid, text_len, device)
-        if plan is not None:
-            rotary, position = plan.reorder(rotary, position)
-            mask = plan.mask(timestep_B)
-        ofs_B = None if self.ofs_embedding is None else per_video("ofs", ofs, batch, device)
-        inputs = Inputs(hidden_states, encoder_hidden_states, timestep_B, ofs_B, rotary, position, mask)
+        if question is not None and question.device != hidden_states.device and not self._attention_is_named:
+            self._choose_attention(dataclasses.replace(question, device=hidden_states.device))
+        inputs = self.inputs(
+            self,
+            hidden_states,
+            encoder_hidden_states,
+            timestep,
+            ofs,
+            image_rotary_emb,
+            attention_kwargs,
+            takes_block_masks=any(BACKENDS[name].masks not in (None, Tensor) for name in self.attention_backends),
+        )
         sample = self.runner(self, inputs)
-        if dtype != given:  # what was converted is converted back; under autocast the output has autocast's dtype
-            sample = sample.to(given)
+        if inputs.latents_BFCHW.dtype != hidden_states.dtype:  # what was converted is converted back
+            sample = sample.to(hidden_states.dtype)
         return self._output(sample) if return_dict else (sample,)
 
     def check_attached(self) -> None:
@@ -186,7 +221,7 @@ class CogVideoXModel(InputPreparation):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but the compiled code, which stays with its model; a copy compiles anew."""
-        return {**self.__dict__, "_tables": type(self._tables)(), "runner": self.runner.for_copy()}
+        return {**self.__dict__, "runner": self.runner.for_copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -259,7 +294,7 @@ class CogVideoXModel(InputPreparation):
             ValueError: it cannot run where the model is now.
         """
         if self._attention_for is None:
-            self.set_attention_backend("sdpa" if self._plan is None else "flex")
+            self.set_attention_backend("sdpa" if self.inputs.plan is None else "flex")
         else:
             self._choose_attention(dataclasses.replace(self._attention_for, device=self.device))
 
@@ -278,7 +313,7 @@ class CogVideoXModel(InputPreparation):
     @property
     def attention_plan(self) -> AttentionPlan | None:
         """The sparse attention in use, or None."""
-        return self._plan
+        return self.inputs.plan
 
     def set_attention_plan(self, plan: AttentionPlan | None) -> None:
         """Use another attention plan, or none, from the next call on (a compiled model compiles again).
@@ -290,8 +325,8 @@ class CogVideoXModel(InputPreparation):
         self.runner.refuse_packaged("the attention plan cannot be changed")
         if plan is not None:
             plan.check(self.config, self)
-        self._plan = plan
-        self._tables.clear()
+        self.inputs.plan = plan
+        self.inputs.tables.clear()
 
     def save_pretrained(
         self,

@@ -256,5 +256,5 @@ def test_held_tables_do_not_pile_up() -> None:
     with torch.no_grad():
         for width in range(2, 40, 2):
             model(**call(model.config, batch=1, frames=1, height=2, width=width))
-    assert len(model._tables) <= 8
-    assert not model.state_dict().keys() & {"_tables", "pos_embedding"}
+    assert len(model.inputs.tables) <= 8
+    assert not model.state_dict().keys() & {"tables", "pos_embedding"}

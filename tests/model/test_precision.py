@@ -50,7 +50,7 @@ def test_tables_stay_fp32_under_to(name: str, dtype: torch.dtype) -> None:
         rounded = model(**arguments, image_rotary_emb=tuple(table.to(dtype) for table in tables)).sample
     torch.testing.assert_close(built, given, rtol=0, atol=0)
     assert not torch.equal(built, rounded)
-    held = [table for value in model._tables.values() if isinstance(value, tuple) for table in value]
+    held = [table for value in model.inputs.tables.values() if isinstance(value, tuple) for table in value]
     assert {table.dtype for table in held} == {torch.float32}
     model.to(torch.float16).to(dtype)
     assert {table.dtype for table in held} == {torch.float32}
@@ -62,7 +62,7 @@ def test_sincos_positions_are_rounded_as_upstream_rounds_them() -> None:
     arguments = to_dtype(call(model.config), torch.bfloat16)
     with torch.no_grad():
         model(**arguments)
-    [held] = [value for key, value in model._tables.items() if key[0] == "sincos"]
+    [held] = [value for key, value in model.inputs.tables.items() if key[0] == "sincos"]
     torch.testing.assert_close(held, theirs.patch_embed.pos_embedding, rtol=0, atol=0)
 
 

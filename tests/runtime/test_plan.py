@@ -137,17 +137,31 @@ def test_a_compiler_that_ignores_blocks_is_refused() -> None:
         compile_model(planned, CompileConfig(backend="eager"))
 
 
-def test_masks_are_made_once_for_each_grid() -> None:
+def test_masks_are_made_once_for_each_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     planned, _ = models()
+    made: list[tuple[int, int, int]] = []
+    on_grid = AttentionPlan.on_grid
+
+    def counted(self: AttentionPlan, grid: Any, *arguments: Any) -> Any:
+        made.append(grid)
+        return on_grid(self, grid, *arguments)
+
+    monkeypatch.setattr(AttentionPlan, "on_grid", counted)
+
+    def call(frames: int) -> None:
+        with torch.no_grad():
+            planned(**inputs(planned.config, frames=frames))
+
     planned.set_attention_plan(FEW)
-    device = torch.device("cpu")
-    first = planned._planned((3, 4, 5), 8, device)
-    assert planned._planned((3, 4, 5), 8, device) is first
-    assert planned._planned((4, 4, 5), 8, device) is not first
+    for frames in (3, 3, 4, 3):
+        call(frames)
+    assert len(made) == 2
     planned.set_attention_plan(dataclasses.replace(FEW, tile=(1, 2)))
-    assert planned._planned((3, 4, 5), 8, device) is not first
+    call(3)
+    assert len(made) == 3
     planned.set_attention_plan(None)
-    assert planned._planned((3, 4, 5), 8, device) is None
+    call(3)
+    assert len(made) == 3
 
 
 def test_kept_parts_are_those_of_the_masks() -> None:

@@ -150,7 +150,7 @@ def fake_copy(model: CogVideoXModel) -> tuple[CogVideoXModel, Any]:
         with FakeCopyMode(mode):
             faked = copy.deepcopy(model)
     uncompile_model(faked)
-    faked._tables.clear()
+    faked.inputs.tables.clear()
     return faked, mode
 
 
