@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from cogx_fast.config import TransformerConfig
-from cogx_fast.costs import VideoSize
+from cogx_fast.costs import VideoSize, count_tokens
 from cogx_fast.locate import Model, read_stored_weights
 from cogx_fast.model.backends import get_backend
 from cogx_fast.model.cpu import HALF, computes, slow_dtype
+from cogx_fast.offload import OFFLOADS, estimate, place
 from cogx_fast.optional import require
 from cogx_fast.video import Frames
 from cogx_fast.weights.headers import FLOATING
@@ -55,8 +56,14 @@ class Setting:
     """Sparse attention, of our transformer alone: a built-in plan's name or a file."""
     quant: str | None = None
     """Quantization recipe, of our transformer alone."""
+    offload: str | None = None
+    """On a GPU: "none", "model" or "sequential" (``offload.OFFLOADS``); None chooses by its memory."""
+    vae_tiling: bool | None = None
+    """On a GPU: whether the VAE decodes by tiles; None chooses."""
 
     def __post_init__(self) -> None:
+        if self.offload not in (None, *OFFLOADS):
+            raise ValueError(f"offload is {self.offload!r}, expected None or one of {', '.join(OFFLOADS)}")
         if self.attention != "auto":
             get_backend(self.attention)
         options = (
@@ -151,13 +158,22 @@ def dtype_warning(model: Model, setting: Setting, device: torch.device) -> str |
     return slow and f"{slow}. The weights are stored so: it runs in fp32, unless --dtype says otherwise"
 
 
-def open_pipeline(model: Model, setting: Setting, *, device: torch.device) -> Any:
+def open_pipeline(
+    model: Model,
+    setting: Setting,
+    *,
+    device: torch.device,
+    size: VideoSize | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Any:
     """A diffusers pipeline of the model's class, with the transformer that the setting asks for in it.
 
     Args:
         model: a pipeline.
         setting: which transformer, and how it runs.
         device: where to run.
+        size: of the video, by which a GPU's memory decides how the pipeline is laid out there; None: all of it there.
+        tell: told that in a line, on a GPU.
 
     Raises:
         MissingDependencyError: diffusers or transformers is not installed.
@@ -171,23 +187,41 @@ def open_pipeline(model: Model, setting: Setting, *, device: torch.device) -> An
     pipeline_class = getattr(diffusers, str(model.pipeline_class))
     stored = stored_dtype(model) if setting.transformer == UPSTREAM and setting.dtype is None else None
     chosen = setting.dtype if dtype_warning(model, setting, device) is None else torch.float32
+    is_laid_out = size is not None and device.type == "cuda"
     if setting.transformer == UPSTREAM:
         dtype = chosen or stored
-        pipe = pipeline_class.from_pretrained(model.location, torch_dtype=dtype).to(device)
-        if setting.compile:
-            pipe.transformer.compile(fullgraph=True)
-        return quiet(pipe)
-    transformer = load(
-        model.location,
-        dtype=chosen,
-        device=device,
-        attention=setting.attention,
-        attention_plan=setting.attention_plan,
-        compile=setting.compile,
-        quant=setting.quant,
-    )
-    pipe = pipeline_class.from_pretrained(model.location, transformer=transformer, torch_dtype=transformer.dtype)
-    return quiet(pipe.to(device))
+        pipe = pipeline_class.from_pretrained(model.location, torch_dtype=dtype)
+    else:
+        transformer = load(
+            model.location,
+            dtype=chosen,
+            device="cpu" if is_laid_out and setting.quant is None else device,
+            attention=setting.attention,
+            attention_plan=setting.attention_plan,
+            compile=setting.compile,
+            quant=setting.quant,
+        )
+        pipe = pipeline_class.from_pretrained(model.location, transformer=transformer, torch_dtype=transformer.dtype)
+    if size is not None and is_laid_out:
+        tokens = count_tokens(model.config, size, spatial_factor=model.spatial_factor)
+        needs = estimate(pipe, tokens, size)
+        laid_out = place(pipe, device, needs, kind=setting.offload, vae_tiling=setting.vae_tiling)
+        tell(laid_out.reason)
+        kind = laid_out.kind
+    else:
+        pipe, kind = pipe.to(device), "none"
+    if setting.compile and setting.transformer == UPSTREAM:  # ours is, by load
+        whole = [pipe.transformer] if kind == "none" else pipe.transformer.transformer_blocks
+        for part in whole if kind != "sequential" else ():  # what moves weights at each call cannot be traced
+            part.compile(fullgraph=True)
+    return quiet(pipe)
+
+
+def is_compiled(pipe: Any) -> bool:
+    """Whether the pipeline's transformer runs compiled, which it does not with sequential offload."""
+    if getattr(pipe.transformer, "_compiled", None) is not None:
+        return True
+    return any(getattr(part, "_compiled_call_impl", None) is not None for part in pipe.transformer.modules())
 
 
 def stored_dtype(model: Model) -> torch.dtype:
@@ -274,7 +308,7 @@ def run_pipeline(
         decode: also decode the latents to frames.
         on_step: called after each denoising step with the number of steps done.
     """
-    device = pipe.transformer.device
+    device = pipe._execution_device  # offloaded parts lie elsewhere
     ends: list[float] = []
 
     def after_step(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -323,6 +357,6 @@ def _synchronize(device: torch.device) -> None:
 
 __all__ = [
     "DTYPES", "OURS", "UPSTREAM", "Request", "Run", "Setting", "TransformerName", "check_pipeline", "choose_device",
-    "dtype_warning", "length_warning", "median_step", "open_pipeline", "overflow_warning", "quiet", "read_image",
-    "run_pipeline", "stored_dtype", "takes_quant", "truncation_warning",
+    "dtype_warning", "is_compiled", "length_warning", "median_step", "open_pipeline", "overflow_warning", "quiet",
+    "read_image", "run_pipeline", "stored_dtype", "takes_quant", "truncation_warning",
 ]  # fmt: skip

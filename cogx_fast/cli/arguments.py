@@ -53,9 +53,22 @@ def add_video(command: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPE_NAMES, help="default: as the weights are stored; fp32 on a CPU that lacks theirs"
     )
     add_running(command, compile_default=None, compile_help="compile the transformer (default: on CUDA)")
+    add_offload(command)
     command.add_argument(
         "--attention-plan", metavar="PLAN", help="sparse attention: radial, tiles, or a file of `cogx-fast plan`"
     )
+
+
+def add_offload(command: argparse._ActionsContainer) -> None:
+    """How a pipeline is laid out on a GPU."""
+    command.add_argument(
+        "--offload", choices=("none", "model", "sequential"),
+        help="on a GPU: all there, or each part or each layer only while it computes (default: what its memory allows)",
+    )  # fmt: skip
+    command.add_argument(
+        "--vae-tiling", action=argparse.BooleanOptionalAction,
+        help="on a GPU: decode by tiles, one after the other (default: where the memory asks for it)",
+    )  # fmt: skip
 
 
 def add_size(command: argparse.ArgumentParser) -> None:
@@ -86,6 +99,6 @@ def seed(text: str) -> int:
 
 
 __all__ = [
-    "DTYPE_NAMES", "MODEL_HELP", "Parser", "add_command", "add_running", "add_sampling", "add_size", "add_video",
-    "count", "seed",
+    "DTYPE_NAMES", "MODEL_HELP", "Parser", "add_command", "add_offload", "add_running", "add_sampling", "add_size",
+    "add_video", "count", "seed",
 ]  # fmt: skip

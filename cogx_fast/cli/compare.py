@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogx_fast.cli.arguments import MODEL_HELP, add_command, add_video
-from cogx_fast.cli.output import finite, quiet_bars, warn
+from cogx_fast.cli.output import finite, note, quiet_bars, warn
 from cogx_fast.cli.task import change_task, read_task
 from cogx_fast.terminal import Progress, table
 
@@ -172,7 +172,8 @@ def _generate(tasks: tuple[Task, Task], words: tuple[str, str], progress: Progre
             progress.stage(f"{name}: loading {task.model.name}")
             pipe = None
             gc.collect()  # the other model's memory, before this one's is asked for
-            pipe, opened = open_pipeline(task.model, task.setting, device=task.device), task.setting
+            opened, size = task.setting, task.request.size
+            pipe = open_pipeline(task.model, opened, device=task.device, size=size, tell=note(progress))
         notes += task.warnings(pipe)
         settings.append(task.facts(pipe))
         with watch_compilation() as compilation:

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cogx_fast.cli.arguments import MODEL_HELP, add_command, add_video
-from cogx_fast.cli.output import quiet_bars, warn
+from cogx_fast.cli.output import note, quiet_bars, warn
 from cogx_fast.cli.task import name_dtype, read_task
 from cogx_fast.optional import require
 from cogx_fast.terminal import Progress
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     quiet_bars()
     progress.stage(f"loading {arguments.model}")
     begin = time.perf_counter()
-    pipe = generation.open_pipeline(model, task.setting, device=device)
+    pipe = generation.open_pipeline(model, task.setting, device=device, size=request.size, tell=note(progress))
     load_seconds = time.perf_counter() - begin
     notes = task.warnings(pipe)
     warn(notes, progress)
@@ -56,7 +56,11 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         **{"prompt": request.prompt, "negative_prompt": request.negative_prompt, "guidance": request.guidance},
         **{"seed": request.seed, "steps": request.steps},
         **{"frames": len(run.frames), "height": request.size.height, "width": request.size.width, "fps": task.fps},
-        **{"device": str(device), "dtype": name_dtype(pipe.transformer.dtype), "compiled": task.setting.compile},
+        **{
+            "device": str(device),
+            "dtype": name_dtype(pipe.transformer.dtype),
+            "compiled": generation.is_compiled(pipe),
+        },
         "seconds": _seconds(run, load_seconds, compilation.seconds),
         **{"graphs": compilation.graphs, "breaks": compilation.breaks, "recompiles": compilation.recompiles},
         "warnings": notes,

@@ -8,7 +8,7 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,16 @@ def warn(notes: Sequence[str], progress: Progress) -> None:
     progress.clear()
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
+
+
+def note(progress: Progress) -> Callable[[str], None]:
+    """What writes a line to stderr that is no warning."""
+
+    def tell(line: str) -> None:
+        progress.clear()
+        print(line, file=sys.stderr)
+
+    return tell
 
 
 def fail(message: str, status: int, *, debug: bool) -> int:
@@ -73,4 +83,4 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-__all__ = ["fail", "finite", "one_line", "quiet_bars", "quiet_libraries", "warn"]
+__all__ = ["fail", "finite", "note", "one_line", "quiet_bars", "quiet_libraries", "warn"]

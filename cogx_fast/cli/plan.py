@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogx_fast.cli.arguments import DTYPE_NAMES, MODEL_HELP, add_command, add_sampling, add_size, count
-from cogx_fast.cli.output import quiet_bars, warn
+from cogx_fast.cli.arguments import DTYPE_NAMES, MODEL_HELP, add_command, add_offload, add_sampling, add_size, count
+from cogx_fast.cli.output import note, quiet_bars, warn
 from cogx_fast.terminal import Progress, table
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def add(commands: Any) -> None:
         "--dtype", choices=DTYPE_NAMES, help="default: as the weights are stored; fp32 on a CPU that lacks theirs"
     )
     command.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    add_offload(command)
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
@@ -76,9 +77,11 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     out.parent.mkdir(parents=True, exist_ok=True)
     progress.stage(f"loading {arguments.model}")
     dtype = None if arguments.dtype is None else generation.DTYPES[arguments.dtype]
-    setting = generation.Setting(dtype=dtype, attention="sdpa")
+    setting = generation.Setting(
+        dtype=dtype, attention="sdpa", offload=arguments.offload, vae_tiling=arguments.vae_tiling
+    )
     place = generation.choose_device(arguments.device)
-    pipe = generation.open_pipeline(model, setting, device=place)
+    pipe = generation.open_pipeline(model, setting, device=place, size=size, tell=note(progress))
     notes = list(filter(None, [generation.dtype_warning(model, setting, place)]))
     warn(notes, progress)
     finding = find_plan(

@@ -8,7 +8,8 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogx_fast.cli.output import finite, quiet_bars, warn
+from cogx_fast.cli.arguments import add_offload
+from cogx_fast.cli.output import finite, note, quiet_bars, warn
 from cogx_fast.terminal import Progress, table
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--by-kind", action="store_true", help="all blocks alike: quicker, and a recipe that fits any depth of model"
     )
     group.add_argument("--for-device", default="h100", help="whose ceilings estimate the time (default: %(default)s)")
+    add_offload(group)
     group.add_argument(
         "--check", action=argparse.BooleanOptionalAction, default=True, help="compare a video made with the recipe"
     )
@@ -61,9 +63,11 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     out.parent.mkdir(parents=True, exist_ok=True)
     progress.stage(f"loading {arguments.model}")
     dtype = None if arguments.dtype is None else generation.DTYPES[arguments.dtype]
-    setting = generation.Setting(dtype=dtype, attention="sdpa")
+    setting = generation.Setting(
+        dtype=dtype, attention="sdpa", offload=arguments.offload, vae_tiling=arguments.vae_tiling
+    )
     place = generation.choose_device(arguments.device)
-    pipe = generation.open_pipeline(model, setting, device=place)
+    pipe = generation.open_pipeline(model, setting, device=place, size=requests[0].size, tell=note(progress))
     notes = list(filter(None, [generation.dtype_warning(model, setting, place)]))
     warn(notes, progress)
     samples = _samples(pipe, requests, arguments, out.with_suffix(".calibration.safetensors"), progress)

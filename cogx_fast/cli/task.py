@@ -32,10 +32,12 @@ class Task:
 
     def facts(self, pipe: Any) -> dict[str, Any]:
         """What a setting can change, as it is with the pipeline that was opened."""
+        from cogx_fast import generation
+
         return {
             "transformer": self.setting.transformer,
             "dtype": name_dtype(pipe.transformer.dtype),
-            "compiled": self.setting.compile,
+            "compiled": generation.is_compiled(pipe),
             "attention": self.setting.attention,
             "attention_plan": self.setting.attention_plan,
             "quant": self.setting.quant,
@@ -87,6 +89,8 @@ def read_task(arguments: argparse.Namespace) -> Task:
             attention=arguments.attention,
             attention_plan=arguments.attention_plan,
             compile=device.type == "cuda" if arguments.compile is None else arguments.compile,
+            offload=arguments.offload,
+            vae_tiling=arguments.vae_tiling,
         ),
         request=generation.Request(
             prompt=arguments.prompt,

@@ -1,4 +1,4 @@
-"""Which kernels Inductor times for a quantized product on CUDA: those that can win, and none that cannot."""
+"""Which kernels Inductor times for a quantized product on CUDA, and what joins the product before anything else."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ def candidates(device: torch.device, options: Mapping[str, Any]) -> AbstractCont
 
     All other products keep the candidates that they have.
 
+    With ``epilogue_fusion_first`` what scales a product joins it before it joins anything else. Torch (2.13) decides on
+    that only after it has gone through all pairs, so that what should join the product is often part of something else
+    by then: it stays out, or, where torch's compile workers are not up yet, torch fails with a ``KeyError``.
+
     Args:
         device: where the graph runs.
         options: Inductor's for this graph; a choice of backends in them is the caller's own, and stays.
@@ -36,7 +40,7 @@ def candidates(device: torch.device, options: Mapping[str, Any]) -> AbstractCont
         return nullcontext()
     from torch._inductor.virtualized import V
 
-    return V.set_choices_handler(_handler())
+    return V.set_choices_handler(_handler()())
 
 
 def drop_garbage(device: torch.device) -> None:
@@ -48,11 +52,30 @@ def drop_garbage(device: torch.device) -> None:
 
 @functools.cache
 def _handler() -> Any:
+    """The class; what compiles a graph has an instance of its own."""
+    from torch._inductor import config
     from torch._inductor.choices import InductorChoices
     from torch._inductor.kernel.mm import mm_template
     from torch._inductor.select_algorithm import ExternKernelChoice
 
     class Candidates(InductorChoices):
+        def __init__(self) -> None:
+            super().__init__()
+            self._decided: set[tuple[Any, Any]] = set()  # products, and what did or did not join them
+
+        def can_fuse(  # type: ignore[override]  # torch's is static; it is called on an instance
+            self, scheduler: Any, node1: Any, node2: Any, shared_data_score: int
+        ) -> bool:
+            if any(scheduler.get_fused_node(node) is not node for node in (node1, node2)):
+                return False  # part of something else by now
+            if (node1, node2) in scheduler.seen_template_fusions:
+                self._decided.add((node1, node2))
+            elif config.epilogue_fusion_first and not node1.is_template():
+                waiting = [pair[1] for pair in scheduler.seen_template_fusions if pair not in self._decided]
+                if any(node in waiting or _goes_on(node, waiting) for node in (node1, node2)):
+                    return False
+            return super().can_fuse(scheduler, node1, node2, shared_data_score)
+
         def get_template_configs(
             self, kernel_inputs: Any, templates: Any, op_name: str, kwarg_overrides: Any = None
         ) -> list[Any]:
@@ -75,7 +98,13 @@ def _handler() -> Any:
                 return others + (large or generated)
             return choices
 
-    return Candidates()
+    return Candidates
+
+
+def _goes_on(node: Any, waiting: list[Any]) -> bool:
+    """Whether it goes on, value by value, with what one of these makes, so that it may join the product after that."""
+    read = {dependency.name for dependency in node.unmet_dependencies}
+    return not node.is_reduction() and any(read & set(each.get_buffer_names()) for each in waiting)
 
 
 def _least_side(choice: Any) -> int:

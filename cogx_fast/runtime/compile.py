@@ -151,7 +151,19 @@ def _inductor_options(config: CompileConfig, device: torch.device, *, int8: bool
 
     mode = config.mode or ("max-autotune-no-cudagraphs" if device.type == "cuda" else "default")
     is_scaled = int8 and device.type == "cuda" and mode.startswith("max-autotune")
-    return {**list_mode_options(mode), **(INT8_OPTIONS if is_scaled else {}), **config.options}
+    repair = _repair() if config.scope == "model" and device.type == "cuda" else {}
+    return {**list_mode_options(mode), **(INT8_OPTIONS if is_scaled else {}), **repair, **config.options}
+
+
+def _repair() -> dict[str, Any]:
+    """``KeepSplitLoops``, where torch has a place for it (2.13): 2.11 compiles these graphs as it is."""
+    import torch._inductor.custom_graph_pass as passes
+
+    if not hasattr(passes, "CustomSchedulerPass"):
+        return {}
+    from cogx_fast.runtime.merged_loops import KeepSplitLoops
+
+    return {"_post_fusion_custom_pass": KeepSplitLoops()}
 
 
 __all__ = [

@@ -41,6 +41,7 @@ from cogx_fast.runtime.attached import refuse_inside_package
 from cogx_fast.runtime.candidates import candidates
 from cogx_fast.runtime.leaves import OTHER_WEIGHTS, Weights, hash_block, leaves, named_weights, unflatten
 from cogx_fast.runtime.runner import CallWith, Runner, Slots
+from cogx_fast.runtime.toolkit import build_tools
 from cogx_fast.runtime.upstream import model_class
 
 if TYPE_CHECKING:
@@ -93,18 +94,18 @@ def export_package(
         The manifest.
 
     Raises:
-        ValueError: there is no C++ compiler, or the model cannot be exported.
+        ValueError: there is no C++ compiler or, on CUDA, no headers or driver to build with (nothing is compiled then);
+            or the model cannot be exported.
         OSError: the file cannot be written.
     """
     from quant import recipe_of
 
-    _need_compiler()
     recipe = recipe_of(model)
     kinds: dict[str, list[int]] = {}
     for index, block in enumerate(model.transformer_blocks):
         kinds.setdefault(hash_block(block), []).append(index)
     members: dict[str, bytes] = {}
-    with tempfile.TemporaryDirectory() as directory:
+    with build_tools(model.device), tempfile.TemporaryDirectory() as directory:
         for number, (key, indices) in enumerate(kinds.items()):
             on_kind(number, len(kinds))
             target = Path(directory, f"{number}.pt2")
@@ -330,20 +331,6 @@ def export_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange) -> E
     arguments = (weights, x_BSD, torch.zeros(2, 12, dim, device=device, dtype=dtype), is_text_S1, rotary)
     with torch.no_grad():
         return export(_Functional(block, mask), arguments, dynamic_shapes=shapes, strict=False)
-
-
-def _need_compiler() -> None:
-    """Refuse to begin where generated code cannot be built."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise ValueError(
-            "packages are made with a C++ compiler, and there is none: install g++ or clang++, or name one in the "
-            "environment variable CXX (running a package needs none)"
-        ) from error
 
 
 def _open(data: bytes, device: torch.device) -> Any:

@@ -149,6 +149,26 @@ def test_int8_products_scale_their_sums_where_triton_can(timed: list[tuple[str, 
     assert found.count("triton_tem") == 4 * compiled.config.num_layers * is_triton
 
 
+def test_int8_products_compile_in_a_graph_of_the_whole_model() -> None:
+    """Where rows are a sum, B · T + B · V: Inductor could not split the loops that it had merged (CantSplit)."""
+    compiled = model(quant="int8-dynamic", compile=CompileConfig(scope="model", mode="default"))
+    with watch_compilation() as stats:
+        for batch in (2, 1):
+            call(compiled, batch=batch)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_an_int8_product_that_is_timed_is_joined_by_its_scaling_and_the_gelu(scope: Any) -> None:
+    """Torch times that join last, when they are part of something else: a KeyError, or a pass of their own."""
+    compiled = model(quant="int8-dynamic", sizes={"num_layers": 1}, compile=CompileConfig(scope=scope))
+    call(compiled)
+    products = [name for name in call(compiled).triton.elements() if "int_mm" in name and "_tem_" in name]
+    assert len(products) == 4
+    assert sum("gelu" in name for name in products) == 1
+    assert all("mul" in name for name in products)
+
+
 def test_products_that_are_not_quantized_keep_the_librarys_kernel(timed: list[tuple[str, int, int]]) -> None:
     call(model(quant="int8-mixed", compile=CompileConfig(scope="model", mode="max-autotune-no-cudagraphs")))
     others = [library for name, library, _ in timed if name != "int_mm"]

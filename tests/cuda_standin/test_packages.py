@@ -71,3 +71,14 @@ def test_a_package_runs_on_the_device_it_was_made_on(tmp_path):
         assert done.triton
     second = load_package(tmp_path / "x.pt2", tmp_path / "model", device="cuda:1")
     assert call(second).devices == {1}
+
+
+@pytest.mark.cards("h100")
+def test_a_package_is_built_with_the_headers_of_wheels(tmp_path, monkeypatch):
+    for name in ("CPATH", "LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH"):  # as where no toolkit is installed
+        monkeypatch.delenv(name, raising=False)
+    checkpoint(tmp_path / "model")
+    model = cogx_fast.load(tmp_path / "model", device="cuda", dtype=torch.bfloat16, attention="sdpa")
+    export_package(model, tmp_path / "x.pt2", SizeRange(tokens=(8, 4000), batch=4))
+    packaged = load_package(tmp_path / "x.pt2", tmp_path / "model", device="cuda")
+    assert sum(attention_kernels(call(packaged)).values()) == LAYERS

@@ -10,6 +10,9 @@ import torch
 
 import cogx_fast
 from benchmarks.standin import journal
+from cogx_fast.costs import VideoSize
+from cogx_fast.generation import Setting, is_compiled, open_pipeline
+from cogx_fast.locate import locate_pipeline
 from cogx_fast.runtime.watch import watch_compilation
 from tests import pipes
 from tests.cuda_standin.device import FAST, attention_kernels
@@ -145,3 +148,29 @@ def test_a_loaded_pipeline_with_a_device_map(tmp_path):
     )
     generate(pipe)
     assert sum(attention_kernels(generate(pipe)).values()) == STEPS * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("asked", "free", "kind"),
+    [
+        (None, 79, "whole pipeline"),
+        ("model", 79, "model offload"),
+        (None, 1, "sequential"),
+        ("sequential", 79, "sequential"),
+    ],
+)
+def test_the_command_lines_pipeline_is_laid_out_by_what_is_free(tmp_path, monkeypatch, asked, free, kind):
+    pipeline().save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free * 1024 * MIB, 79 * 1024 * MIB))
+    setting = Setting(dtype=torch.bfloat16, attention="sdpa", compile=asked == "model", offload=asked)
+    size, told = VideoSize(frames=FRAMES, height=HEIGHT, width=WIDTH), []
+    pipe = open_pipeline(
+        locate_pipeline(str(tmp_path)), setting, device=torch.device("cuda"), size=size, tell=told.append
+    )
+    pipe = with_timesteps_on_the_cpu(pipe)
+    done = generate(pipe)
+    assert kind in told[0]
+    assert sum(attention_kernels(done).values()) == LAYERS * STEPS
+    assert is_compiled(pipe) == (asked == "model")
+    lies = {"whole pipeline": "cuda", "model offload": "cpu", "sequential": "meta"}[kind]
+    assert {part.device.type for part in pipe.transformer.parameters()} == {lies}
