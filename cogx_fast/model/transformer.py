@@ -40,6 +40,7 @@ class Attention(Part):
     def __init__(self, config: TransformerConfig, backend: str) -> None:
         super().__init__()
         self.backend = get_backend(backend).name
+        self.masked_backend: str | None = None  # for calls with a mask tensor, where the other was chosen without one
         self.num_heads = config.num_attention_heads
         self.to_qkv = nn.Linear(config.inner_dim, 3 * config.inner_dim, bias=config.attention_bias)
         self.norm_q = RotaryNorm(config.attention_head_dim, self.QK_NORM_EPS)
@@ -50,7 +51,8 @@ class Attention(Part):
         if isinstance(mask, LayerBlocks):
             mask = mask.block_mask(x_BSD.shape[1])
         q_BSNK, k_BSNK, v_BSNK = self.project(x_BSD, rotary)
-        out_BSNK = attend(q_BSNK, k_BSNK, v_BSNK, backend=self.backend, mask=mask)
+        backend = self.masked_backend if self.masked_backend and isinstance(mask, Tensor) else self.backend
+        out_BSNK = attend(q_BSNK, k_BSNK, v_BSNK, backend=backend, mask=mask)
         return project(self.to_out[0], out_BSNK.flatten(2), reduced_next=True)
 
     def project(self, x_BSD: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -120,17 +120,19 @@ def save_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str]) -> N
     write_artifact(path, KIND, describe(model, recorder.made_by), members)
 
 
-def load_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str]) -> bool:
+def load_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str], *, is_called: bool = False) -> bool:
     """Have a compiled model start from a bundle. This runs code from it: take bundles only from where you trust code.
 
     Args:
         model: compiled, not called yet.
         path: what ``save_compile_cache`` wrote.
+        is_called: it is being called: nothing about it will change.
 
     Returns:
-        Whether it is used; True for one that was made on CUDA and a model that is not there yet: it is looked at again
-        before the first graph is compiled. If not (another version, device, configuration or way to compile; a damaged
-        file), a warning says why, and the model compiles as without it.
+        Whether it is used; True where only that differs which may yet change (it was made on CUDA, and the model is not
+        there; its weights needed gradients, or did not): it is looked at again before the first graph is compiled. If
+        not (another version, device, configuration or way to compile; a damaged file), a warning says why, and the
+        model compiles as without it.
     """
     try:
         recorder = _recorder(model)
@@ -139,9 +141,11 @@ def load_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str]) -> b
         manifest, members = read_artifact(path, KIND)
         expected = describe(model, recorder.made_by)
         wrong = list(differences(manifest, expected))
-        if wrong and _is_for_later(manifest, expected):
-            recorder.when_called = functools.partial(load_compile_cache, model, path)
+        if wrong and not is_called and _is_for_later(manifest, expected):
+            recorder.when_called = functools.partial(load_compile_cache, model, path, is_called=True)
             return True
+        if manifest.get("gradients") == (not expected["gradients"]):
+            wrong.append(f"call model.requires_grad_({manifest['gradients']}) before the first call")
         if wrong:
             raise ArtifactError(f"{path}: was made for something else ({'; '.join(wrong)})")
         strange = [name for name in members if name != _ARTIFACTS and not _LIBRARY.fullmatch(name)]
@@ -160,11 +164,16 @@ def _recorder(model: CogVideoXModel) -> Recorder | None:
 
 
 def _is_for_later(manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
-    """Whether the model may yet become what the bundle is for: moved to a GPU, where its attention is chosen anew."""
+    """Whether the model may yet become what the bundle is for.
+
+    It may be moved to a GPU, where its attention is chosen anew, and be told to need gradients or not.
+    """
     made_on = manifest.get("device")
     is_elsewhere = isinstance(made_on, Mapping) and made_on.get("type") == "cuda" != expected["device"]["type"]
-    moved = {key: value for key, value in expected.items() if key not in ("device", "environment", "attention")}
-    return is_elsewhere and torch.cuda.is_available() and not any(differences(manifest, moved))
+    changing = {"gradients"}
+    if is_elsewhere and torch.cuda.is_available():
+        changing |= {"device", "environment", "vectors", "attention"}
+    return not any(differences(manifest, {key: value for key, value in expected.items() if key not in changing}))
 
 
 def describe(model: CogVideoXModel, config: CompileConfig) -> dict[str, Any]:
@@ -181,6 +190,7 @@ def describe(model: CogVideoXModel, config: CompileConfig) -> dict[str, Any]:
         "attention": sorted(model.attention_backends),
         "sparse": model.attention_plan is not None,
         "weights": sorted(weights),
+        "gradients": any(tensor.requires_grad for tensor in model.transformer_blocks.parameters()),
     }
 
 

@@ -302,12 +302,14 @@ class CogVideoXModel(CogVideoXTransformer):
         head_dim = self.config.attention_head_dim
         name = ready_backend(backend, device=device, dtype=self.dtype, head_dim=head_dim).name
         for attention in self._attentions():
-            attention.backend = name
+            attention.backend, attention.masked_backend = name, None
 
     def _choose_attention(self, question: AttentionFor) -> None:
         """``attention="auto"``: use what is fastest there, which may be elsewhere than the weights are at load time."""
         choice = choose_attention(question.shape, self.dtype, question.device, compiled=question.compiled)
         self._use_attention(choice.name, question.device)
+        for attention in self._attentions():  # the fastest may take no mask of the caller's, and no call is refused
+            attention.masked_backend = "sdpa" if BACKENDS[choice.name].masks is not Tensor else None
         self.attention_choice, self._attention_for, self._attention_is_named = choice, question, False
 
     @property

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from cogx_fast.model.attention import Mask, Rotary
+from cogx_fast.model.cpu import has_int8_products
 from cogx_fast.model.masks import LayerBlocks, full_block_mask
 from cogx_fast.model.products import is_int8_dynamic
 from cogx_fast.runtime.artifact import (
@@ -51,7 +52,9 @@ if TYPE_CHECKING:
     from quant import Recipe
 
 KIND = "package"
-_FIELDS = ("attention", "blocks", "config", "config_hash", "device", "dtype", "recipe", "sizes", "versions")
+_FIELDS = (
+    "attention", "blocks", "config", "config_hash", "device", "dtype", "int8_products", "recipe", "sizes", "versions",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,7 @@ def export_package(
         "attention": next(iter(model.attention_backends)),
         "recipe": None if recipe is None else recipe.to_toml(),
         "sizes": dataclasses.asdict(sizes),
+        "int8_products": _takes_int8_products(model),
         "blocks": {str(index): key for key, indices in kinds.items() for index in indices},
     }
     write_artifact(path, KIND, manifest, members)
@@ -333,6 +337,11 @@ def export_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange) -> E
         return export(_Functional(block, mask), arguments, dynamic_shapes=shapes, strict=False)
 
 
+def _takes_int8_products(model: CogVideoXModel) -> bool:
+    """Whether its code for a CPU multiplies int8 matrices, rather than their values in fp32 (``model.products``)."""
+    return model.device.type == "cpu" and any(map(is_int8_dynamic, model.modules())) and has_int8_products()
+
+
 def _open(data: bytes, device: torch.device) -> Any:
     """Load compiled code: from here on it runs."""
     directory = tempfile.mkdtemp(prefix="cogx-fast-")
@@ -356,6 +365,11 @@ def _refuse_other(path: object, manifest: Mapping[str, Any], device: torch.devic
     wrong = list(differences(manifest, {"versions": describe_versions(), "device": here}))
     if missing:
         wrong.append(f"device.instructions: needs {' '.join(sorted(missing))}, which this CPU does not have")
+    if manifest["int8_products"] and device.type == "cpu" and not has_int8_products():
+        wrong.append(
+            "int8_products: the package multiplies int8 matrices, which torch does here by plain loops or with sums "
+            "that saturate (AVX512-VNNI is not there, or ONEDNN_MAX_CPU_ISA keeps it from being used)"
+        )
     if wrong:
         raise ArtifactError(f"{path}: was made for something else ({'; '.join(wrong)}): export one here")
 

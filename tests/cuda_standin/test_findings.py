@@ -19,7 +19,7 @@ from cogx_fast.config import PRESETS
 from cogx_fast.runtime.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.watch import watch_compilation
-from tests.cuda_standin.device import call, checkpoint, model
+from tests.cuda_standin.device import attention_kernels, call, checkpoint, model
 from tests.support import inputs
 
 
@@ -94,6 +94,18 @@ def test_attention_is_chosen_on_the_device_of_the_call(compile: Any) -> None:
     assert "sdpa-flash" in moved.attention_choice.milliseconds
     assert ("flex" in moved.attention_choice.milliseconds) == bool(compile)
     assert moved.attention_choice.name in moved.attention_backends
+
+
+def test_auto_refuses_no_mask() -> None:
+    chosen = model(attention="auto")
+    assert chosen.attention_choice is not None
+    assert chosen.attention_choice.name in ("sdpa-cudnn", "sdpa-flash")  # which take none
+    arguments = inputs(chosen.config, dtype=chosen.dtype, device="cuda")
+    journal.clear()
+    with torch.no_grad():
+        chosen(**arguments, attention_kwargs={"attention_mask": torch.ones(2, 128, dtype=torch.bool, device="cuda")})
+    assert attention_kernels(journal.read()).total() == chosen.config.num_layers
+    assert set(chosen.attention_backends) == {chosen.attention_choice.name}
 
 
 def test_options_and_graphs_are_those_of_the_device_of_the_call(timed: list[tuple[str, int, int]]) -> None:

@@ -19,7 +19,7 @@ from cogx_fast.runtime.artifact import read_artifact, write_artifact
 from cogx_fast.runtime.cache import Recorder, load_compile_cache, save_compile_cache
 from cogx_fast.runtime.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
-from tests.support import small, upstream
+from tests.support import inputs, small, upstream
 
 CHILD = """
 import json, sys, time
@@ -149,6 +149,29 @@ def test_what_differs_is_named(
     message = refused(model, tmp_path / "m")
     assert f"{field}: got {value!r}, expected " in message
     assert "compiles anew" in message
+
+
+@pytest.mark.usefixtures("untouched")
+def test_weights_that_need_gradients_are_told_apart_at_the_first_call(bundle: tuple[Path, dict[str, Any]]) -> None:
+    """``load`` leaves them as they are, and who loads may say after it that they need none."""
+    trained = cogx_fast.load(make().requires_grad_(True), compile=True)
+    assert load_compile_cache(trained, bundle[0])
+    message = r"gradients: got False, expected True; call model\.requires_grad_\(False\) before the first call.*anew"
+    with pytest.warns(UserWarning, match=message), torch.no_grad():
+        trained(**inputs(trained.config))
+
+
+def test_weights_may_be_told_after_loading_that_they_need_no_gradients(bundle: tuple[Path, dict[str, Any]]) -> None:
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warm = cogx_fast.load(make().requires_grad_(True), compile=True, compile_cache=bundle[0]).requires_grad_(False)
+        counters.clear()
+        with torch.no_grad():
+            warm(**inputs(warm.config))
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
 
 
 @pytest.mark.usefixtures("untouched")

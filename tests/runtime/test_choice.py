@@ -201,3 +201,47 @@ def test_a_gpu_is_measured_and_remembered() -> None:
     assert {"flex", "sdpa-flash"} <= set(first.milliseconds)
     again = choose_attention(shape, torch.bfloat16, cuda, compiled=True)
     assert (again.name, again.reason.partition(" ")[0]) == (first.name, "remembered")
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::cogx_fast.runtime.watch.RecompileWarning")  # the first call with a mask is one
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("chosen", ["quick", "flex"])
+def test_a_choice_that_takes_no_mask_refuses_no_call(
+    monkeypatch: pytest.MonkeyPatch, candidates: list[str], chosen: str, compile: bool
+) -> None:
+    """Calls without a mask go on with what was chosen, and compile nothing after one that had a mask."""
+    import cogx_fast
+    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.module import CogVideoXModel
+    from cogx_fast.runtime.watch import watch_compilation
+    from tests.support import inputs, small
+
+    torch.manual_seed(0)
+    source = CogVideoXModel(small("5b")).eval().requires_grad_(False)
+    answer = Choice(name=chosen, reason="", milliseconds={})
+    monkeypatch.setattr("cogx_fast.runtime.module.choose_attention", lambda *_, **__: answer)
+    config = CompileConfig(backend="eager") if compile else False
+    model = cogx_fast.load(source, attention="auto", compile=config)
+    assert set(model.attention_backends) == {chosen}
+    call = inputs(model.config)
+    tokens = call["encoder_hidden_states"].shape[1] + 4 * 6 * 5
+    mask = torch.ones(2, tokens, dtype=torch.bool)
+    mask[:, 3] = False
+    with torch.no_grad():
+        before = model(**call).sample
+        masked = model(**call, attention_kwargs={"attention_mask": mask}).sample
+        with watch_compilation() as stats:
+            after = model(**call).sample
+            model(**call, attention_kwargs={"attention_mask": mask})
+        expected = source(**call, attention_kwargs={"attention_mask": mask}).sample
+    assert torch.equal(before, after)
+    torch.testing.assert_close(masked, expected)
+    assert (stats.graphs, stats.recompiles) == (0, 0)
+    if compile:
+        return
+    model.set_attention_backend(chosen)  # by name: then it is that or an error
+    with pytest.raises(ValueError, match="takes"), torch.no_grad():
+        model(**call, attention_kwargs={"attention_mask": mask})

@@ -288,6 +288,20 @@ def test_a_manifest_that_does_not_match(package: Package, tmp_path: Path, field:
         load_package(tmp_path / "m.pt2", package.checkpoint)
 
 
+def test_int8_products_are_refused_on_a_cpu_that_has_none(
+    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, members = read_artifact(package.path, module.KIND)
+    assert manifest["int8_products"] is False  # it is not quantized
+    write_artifact(tmp_path / "m.pt2", module.KIND, {**manifest, "int8_products": True}, members)
+    monkeypatch.setattr(module, "has_int8_products", lambda: True)
+    load_package(tmp_path / "m.pt2", package.checkpoint)
+    monkeypatch.setattr(module, "has_int8_products", lambda: False)
+    load_package(package.path, package.checkpoint)
+    with pytest.raises(ArtifactError, match=r"multiplies int8 matrices.*VNNI.*ONEDNN_MAX_CPU_ISA.*export one here"):
+        load_package(tmp_path / "m.pt2", package.checkpoint)
+
+
 @pytest.mark.usefixtures("unopened")
 def test_a_manifest_with_something_missing(package: Package, tmp_path: Path) -> None:
     manifest, members = read_artifact(package.path, module.KIND)
