@@ -219,9 +219,12 @@ def open_pipeline(
 
 def is_compiled(pipe: Any) -> bool:
     """Whether the pipeline's transformer runs compiled, which it does not with sequential offload."""
-    if getattr(pipe.transformer, "_compiled", None) is not None:
-        return True
-    return any(getattr(part, "_compiled_call_impl", None) is not None for part in pipe.transformer.modules())
+    from cogx_fast.runtime.module import CogVideoXModel
+
+    transformer = pipe.transformer
+    if isinstance(transformer, CogVideoXModel):
+        return transformer.runner.compilation is not None
+    return any(getattr(part, "_compiled_call_impl", None) is not None for part in transformer.modules())
 
 
 def stored_dtype(model: Model) -> torch.dtype:
