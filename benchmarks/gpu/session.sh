@@ -47,7 +47,7 @@ gate() {
 }
 commit() {
   "$python" -m benchmarks.gpu.table
-  cp -r README.md benchmarks/expected/gpu "$out/commit/" 2>/dev/null
+  cp -r README.md docs/measurements.md benchmarks/expected/gpu "$out/commit/" 2>/dev/null
   echo "to commit: $(cd "$out/commit" && find . -type f | tr '\n' ' ')"
 }
 

@@ -1,4 +1,6 @@
-"""README's table of what to expect on an H100, made from committed files (``python -m benchmarks.gpu.table``).
+"""The tables of what to expect on an H100, made from committed files (``python -m benchmarks.gpu.table``).
+
+README has the rows that most look for, docs/measurements.md all.
 
 A row whose case is in the device's table of the gate is measured, and says at which commit; every other row is
 predicted, by the device's stated ceilings and the kernels and bytes counted in the generated code.
@@ -8,7 +10,8 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from benchmarks import gate
 from benchmarks.environment import ROOT
@@ -17,6 +20,9 @@ from benchmarks.gpu.cases import MODELS, RECIPES, SPARSE, Case
 from cogx_fast.devices import DEVICES, GIGA, TERA
 
 README = ROOT / "README.md"
+DOCS = ROOT / "docs" / "measurements.md"
+IN_README = (("2b", "5b", "1.5-5b"), ("bf16", "fp8-dynamic", "radial"))
+"""Models and recipes in README's."""
 BEGIN, END = "<!-- made by `python -m benchmarks.gpu.table` -->\n", "<!-- end -->\n"
 DEVICE = DEVICES["h100"]
 COUNTED = ROOT / "benchmarks" / "expected" / "codegen.csv"
@@ -25,14 +31,17 @@ MEASURED = suite.EXPECTED / f"{DEVICE.name.replace(' ', '-')}.csv"
 Table = Mapping[tuple[str, str], gate.Row]
 
 
-def render(counted: Table, measured: Table) -> str:
+def render(
+    counted: Table, measured: Table, models: Sequence[str] = tuple(MODELS), recipes: Sequence[str] = tuple(RECIPES)
+) -> str:
     """The table in Markdown.
 
     Args:
         counted: the gate's table of generated code.
         measured: the gate's table of the device; empty where it has not been measured.
+        models, recipes: its rows.
     """
-    rows = [_row(model, recipe, counted, measured) for model in MODELS for recipe in RECIPES]
+    rows = [_row(model, recipe, counted, measured) for model in models for recipe in recipes]
     header = (
         "model",
         "recipe",
@@ -86,20 +95,22 @@ def _sources(counted: Table, measured: Table) -> str:
     return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
-def current() -> str:
-    """README with the table as the committed files make it.
+def current(file: Path) -> str:
+    """README or docs/measurements.md with the table as the committed files make it.
 
     Raises:
-        ValueError: README lacks the marks between which it stands.
+        ValueError: it lacks the marks between which the table stands.
     """
-    before, begin, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    before, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{README}: expected the lines {BEGIN.strip()} and {END.strip()}")
+        raise ValueError(f"{file}: expected the lines {BEGIN.strip()} and {END.strip()}")
     measured = gate.read(MEASURED) if MEASURED.is_file() else {}
-    return f"{before}{begin}\n{render(gate.read(COUNTED), measured)}\n{end}{after}"
+    text = render(gate.read(COUNTED), measured, *(IN_README if file == README else ()))
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(current(), encoding="utf-8")
+    for file in (README, DOCS):
+        file.write_text(current(file), encoding="utf-8")
     sys.exit(0)

@@ -307,7 +307,7 @@ def test_a_session_measures_records_and_reports(ran: Ran) -> None:
     roofline = ("roofline", "--preset", "5b", "--device", "h100", "--ceilings", ran.out / "ceilings.json")
     assert "measured" in run_cli(*roofline).out
     assert "./README.md" in lines[-1]
-    assert table.README.read_text() == table.current()  # nothing of the CPU came into it
+    assert table.README.read_text() == table.current(table.README)  # nothing of the CPU came into it
 
 
 def test_it_goes_on_where_it_stopped(ran: Ran) -> None:
@@ -390,8 +390,9 @@ def test_workflows_run_what_runs_here(workflow: str, command: str) -> None:
 # ------------------------------------------------------------------------------------------------------- README's table
 
 
-def test_the_committed_table_is_what_the_command_makes() -> None:
-    assert table.README.read_text() == table.current(), "run: python -m benchmarks.gpu.table"
+@pytest.mark.parametrize("file", [table.README, table.DOCS], ids=lambda file: file.name)
+def test_the_committed_tables_are_what_the_command_makes(file: Path) -> None:
+    assert file.read_text() == table.current(file), "run: python -m benchmarks.gpu.table"
 
 
 def test_a_figure_is_predicted_until_it_is_measured(clock: Clock, tmp_path: Path) -> None:

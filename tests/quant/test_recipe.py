@@ -131,9 +131,9 @@ def test_the_shipped_recipes_say_what_their_schemes_need():
         assert requirements <= {recipe.requires}, name
 
 
-def test_the_readmes_recipe_is_one():
-    readme = (SHIPPED.parents[1] / "README.md").read_text(encoding="utf-8")
-    (text,) = re.findall(r"```toml\n(.*?)```", readme, flags=re.DOTALL)
+def test_the_docs_recipe_is_one():
+    page = (SHIPPED.parents[1] / "docs" / "quantize.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
     planned = quant.plan(CogVideoXTransformer(small("5b")), parse_recipe(text))
     assert planned.choices["transformer_blocks.1.ff.net.2"].scheme == "int8-weight-only"
     assert planned.choices["transformer_blocks.1.attn1.to_qkv"].scheme == "int8-dynamic"

@@ -174,9 +174,9 @@ def test_kept_parts_are_those_of_the_masks() -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_the_readme_says_what_the_built_in_plans_keep(name: str) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{name}` |")]
+def test_the_docs_say_what_the_built_in_plans_keep(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "attention.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
     kept = []
     for preset in ("5b", "1.5-5b"):
         config = PRESETS[preset]
