@@ -117,6 +117,9 @@ def patched_forward(module: nn.Module) -> Any:
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
     if forward is None or getattr(forward, "__func__", None) is type(module).forward:
         return None
+    inside = module._modules.get("_orig_mod")  # torch.compile's wrapper calls what is in it
+    if inside is not None and inside in (getattr(forward, "__self__", None), getattr(forward, "__wrapped__", None)):
+        return None if _is_torchs(forward) else forward
     return forward
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -36,24 +36,28 @@ def check_source(source: nn.Module, config: TransformerConfig) -> None:
     """Refuse to take a model's weights where something on it would be lost: it is compared with a fresh one.
 
     Args:
-        source: diffusers' model or one of ours.
+        source: diffusers' model or one of ours, maybe in torch.compile's wrapper.
         config: its configuration.
 
     Raises:
         AttachedError: (a ValueError) hooks, patches, processors, other modules, settings; the message names them.
     """
+    model = getattr(source, "_orig_mod", source)
     with torch.device("meta"):
-        if isinstance(source, CogVideoXTransformer):
-            fresh: nn.Module = type(source)(config)
+        if isinstance(model, CogVideoXTransformer):
+            fresh: nn.Module = type(model)(config)
         else:
             from diffusers import CogVideoXTransformer3DModel
 
             fresh = CogVideoXTransformer3DModel(**config)
     found = [*_patched_classes(fresh), *_differences("", source, fresh)]
-    refuse(found, f"the given {type(source).__name__} would lose what is on it beside its weights")
+    refuse(found, f"the given {type(model).__name__} would lose what is on it beside its weights")
 
 
 def _differences(where: str, module: nn.Module, fresh: nn.Module) -> Iterator[Attached]:
+    while (inside := module._modules.get("_orig_mod")) is not None:  # torch.compile's wrapper
+        yield from on_module(module, where)
+        module = inside
     module = without_adapter(module)
     changed = _changed_class(type(module), type(fresh))
     if changed is not None:
@@ -79,6 +83,9 @@ def _differences(where: str, module: nn.Module, fresh: nn.Module) -> Iterator[At
         yield Attached(where, f"an added module {name}", f"take it away, or {NOT_HERE}", "module")
 
 
+_ANY_CLASS_HAS = {"__init__", "__init_subclass__", "__new__", "__repr__", "extra_repr"}
+
+
 def _changed_class(kind: type[nn.Module], fresh: type[nn.Module]) -> str | None:
     """What a module of another class is called; None where the class is the same or changes nothing that runs."""
     if kind is fresh:
@@ -88,7 +95,7 @@ def _changed_class(kind: type[nn.Module], fresh: type[nn.Module]) -> str | None:
     derived = kind.__mro__[: kind.__mro__.index(fresh)]
     changed = [
         name for each in derived for name, value in vars(each).items()
-        if callable(value) and hasattr(fresh, name) and (not name.startswith("__") or name == "__call__")
+        if callable(value) and hasattr(fresh, name) and name not in _ANY_CLASS_HAS
     ]  # fmt: skip
     return f"a class {name_of(kind)} with its own {', '.join(changed)}" if changed else None
 
@@ -142,10 +149,20 @@ def _patched_classes(fresh: nn.Module) -> Iterator[Attached]:
             if checked and not is_original(kind, name, value):
                 what = f"a {name} that is not its own ({name_of(value)})"
                 yield Attached(f"the class {kind.__name__}", what, f"undo it, or {NOT_HERE}", "patch", value)
-    rotate = getattr(sys.modules.get("diffusers.models.embeddings"), "apply_rotary_emb", None)  # what processors call
-    if rotate is not None and not is_from(rotate, "diffusers"):
-        what = f"an apply_rotary_emb that is not its own ({name_of(rotate)})"
-        yield Attached("diffusers.models.embeddings", what, f"undo it, or {NOT_HERE}", "patch", rotate)
+    yield from _patched_functions(kinds)
+
+
+def _patched_functions(kinds: Iterable[type]) -> Iterator[Attached]:
+    """Functions of diffusers' modules that somebody replaced, among those that the classes' methods call by name."""
+    methods = [inspect.unwrap(each) for kind in kinds for each in vars(kind).values() if inspect.isfunction(each)]
+    called = {name for method in methods for name in method.__code__.co_names}
+    homes = {kind.__module__ for kind in kinds} | {"diffusers.models.embeddings"}  # processors import what is there
+    for home in sorted(each for each in homes if each.startswith("diffusers.") and each in sys.modules):
+        for name, value in vars(sys.modules[home]).items():
+            own = is_from(value, "diffusers") or is_from(value, "torch") if inspect.isfunction(value) else True
+            if name in called and not own:
+                what = f"a {name} that is not its own ({name_of(value)})"
+                yield Attached(home, what, f"undo it, or {NOT_HERE}", "patch", value)
 
 
 __all__ = ["check_source"]

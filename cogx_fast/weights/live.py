@@ -61,7 +61,7 @@ def adopt(
     Raises:
         CheckpointError: another kind of model, or one whose weights cannot be taken; the message says what to do.
     """
-    source = getattr(source, "_orig_mod", source)  # inside torch.compile's wrapper
+    given, source = source, getattr(source, "_orig_mod", source)  # inside torch.compile's wrapper
     config = model_config(source)
     origin = f"the given {type(source).__name__}"
     ours = isinstance(source, CogVideoXTransformer)
@@ -73,11 +73,12 @@ def adopt(
     dtypes = {
         name: target_dtype(name, [found[slot.name][1] for slot in group], dtype) for name, group in groups.items()
     }
-    own = dict(source.named_parameters()) | dict(source.named_buffers())
-    parts = {name: [own[name]] if ours else [tensors[slot.name] for slot in group] for name, group in groups.items()}
+    parts = {
+        name: [tensors[name]] if ours else [tensors[slot.name] for slot in group] for name, group in groups.items()
+    }
     _check_quantized(parts, dtype, origin)
     if check is not None:
-        check(source, config)
+        check(given, config)
     if check_finite:
         check_values(source, layout, origin) if ours else _check_upstream_values(tensors, layout, origin)
     with torch.device("meta"):

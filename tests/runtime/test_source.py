@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -125,6 +125,11 @@ def subclass(source: Any) -> None:
     source.__class__ = Changed
 
 
+class Shorter(nn.ModuleList):
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(list(super().__iter__())[:1])
+
+
 def processor(source: Any) -> Any:
     from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
@@ -148,6 +153,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"attention processor .*Half on transformer_blocks\.1\.attn1",
     ),
     "another class of the model": (subclass, r"Changed with its own forward"),
+    "another list": (lambda s: setattr(s.transformer_blocks, "__class__", Shorter), "Shorter with its own __iter__"),
     "another linear": (lambda s: setattr(s.proj_out, "__class__", Louder), "Louder with its own forward"),
     "another activation": (lambda s: replace(s, "time_embedding.act", nn.ReLU()), "ReLU on time_embedding.act"),
     "none in its place": (lambda s: replace(s, "norm_out.silu", nn.Identity()), "Identity on norm_out.silu"),
@@ -201,11 +207,13 @@ def classes() -> dict[str, tuple[Any, str]]:
         "patches": (embeddings.CogVideoXPatchEmbed, "_get_positional_embeddings"),
         "linear": (nn.Linear, "forward"),
         "rotation": (embeddings, "apply_rotary_emb"),
+        "timestep": (embeddings, "get_timestep_embedding"),
     }
 
 
 @pytest.mark.parametrize(
-    "which", ["model", "block", "processor", "attention", "feed-forward", "norm", "patches", "linear", "rotation"]
+    "which",
+    ["model", "block", "processor", "attention", "feed-forward", "norm", "patches", "linear", "rotation", "timestep"],
 )
 @pytest.mark.parametrize("disguised", [False, True], ids=["", "disguised"])
 def test_patched_classes_are_refused(which: str, disguised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
