@@ -23,6 +23,7 @@ from cogx_fast.model.backends import BACKENDS, Backend
 from cogx_fast.model.part import PLACING, AttachedError, does_not_work
 from cogx_fast.model.transformer import Attention
 
+_HERE = Path(__file__).resolve().parent.parent
 _TORCH = Path(torch.__file__).resolve().parent
 _TORCH_HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
@@ -112,15 +113,26 @@ def on_modules(module: nn.Module, where: str = "", *, itself: bool = True) -> li
 
 
 def patched_forward(module: nn.Module) -> Any:
-    """The ``forward`` that somebody gave this very module; None for its class's own, compiled or not."""
+    """The ``forward`` that somebody gave this very module, or its class where that is ours or torch's; None for what
+    its class was written with, compiled or not."""
     forward = vars(module).get("forward")
+    if forward is None:
+        return _patched_class(type(module))
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
-    if forward is None or getattr(forward, "__func__", None) is type(module).forward:
+    if getattr(forward, "__func__", None) is type(module).forward:
         return None
     inside = module._modules.get("_orig_mod")  # torch.compile's wrapper calls what is in it
     if inside is not None and inside in (getattr(forward, "__self__", None), getattr(forward, "__wrapped__", None)):
         return None if _is_torchs(forward) else forward
     return forward
+
+
+def _patched_class(kind: type[nn.Module]) -> Any:
+    """The ``forward`` that somebody gave a class of ours or of torch's; None for what it was written with."""
+    if not kind.__module__.startswith(("cogx_fast.", "torch.nn.")):
+        return None
+    home = _home(kind.forward)
+    return None if home is not None and (home.is_relative_to(_HERE) or home.is_relative_to(_TORCH)) else kind.forward
 
 
 def _home(function: Any) -> Path | None:
@@ -258,12 +270,14 @@ class Watch:
         self._sized = [*map(vars, modules), *filter(None, registries), *filter(None, hooks)]
         self._children = [module._modules for module in modules if module._modules]
         self._forwards = [vars(module) for module in modules if "forward" in vars(module)]
+        self._classes: list[Any] = list(dict.fromkeys(map(type, modules)))
         self._noted = self._now()
 
     def _now(self) -> list[Any]:
         children = chain.from_iterable(map(dict.values, self._children))
         forwards = (own.get("forward") for own in self._forwards)
-        return [RemovableHandle.next_id, *map(len, self._sized), *children, *forwards]
+        classes = (kind.forward for kind in self._classes)
+        return [RemovableHandle.next_id, *map(len, self._sized), *children, *forwards, *classes]
 
 
 __all__ = [

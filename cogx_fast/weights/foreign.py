@@ -18,6 +18,8 @@ _WRAPPED = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_w
 """What torch.compile, FSDP and activation checkpointing put before the names of what they wrap, anywhere in a name."""
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "module.", "model.")
 """What programs put before all names of a model: the original code and ComfyUI, pipelines, DDP, trainers."""
+_BEFORE_BLOCKS = re.compile(r"(?!base_model\.)(.*?\.)??(?=(?:transformer_blocks|patch_embed)\.)")
+"""Whatever else stands before the names of the parts that every transformer has (not PEFT's, which says more)."""
 
 _NAMES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.absmax|\.quant_map|\.nested_absmax|quant_state|bitsandbytes|\.SCB$"), "bitsandbytes"),
@@ -42,14 +44,21 @@ _IN_FLOATING_POINT = "load the original checkpoint in floating point and quantiz
 
 
 def bare_names(names: Iterable[str]) -> dict[str, str]:
-    """Each name without what wrappers put into it and without what all of them begin with, where that is known."""
+    """Each name without what wrappers put into it and without what all of them begin with."""
     bare = {name: _WRAPPED.sub("", name) for name in names}
     while bare:
-        prefix = next((each for each in _PREFIXES if all(name.startswith(each) for name in bare.values())), None)
+        prefixes = (*_PREFIXES, *_prefixes(bare.values()))
+        prefix = next((each for each in prefixes if all(name.startswith(each) for name in bare.values())), None)
         if prefix is None:
             break
         bare = {name: rest.removeprefix(prefix) for name, rest in bare.items()}
     return bare
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """What stands before the blocks of a transformer, or of each of several."""
+    matches = map(_BEFORE_BLOCKS.match, names)
+    return sorted({match[1] for match in matches if match and match[1]})
 
 
 def refuse_foreign(found: Found, origin: str) -> None:
@@ -81,7 +90,7 @@ def refuse_foreign(found: Found, origin: str) -> None:
             f"{origin}: holds weights in the layout of CogVideoX's original code ({some(sat, 2)}): convert them with "
             "diffusers' scripts/convert_cogvideox_to_diffusers.py, or take the diffusers release of the model"
         )
-    parts = {prefix: [name for name in found if name.startswith(prefix)] for prefix in _PREFIXES}
+    parts = {prefix: [name for name in found if name.startswith(prefix)] for prefix in _prefixes(found)}
     for prefix, inside in parts.items():
         if 0 < len(inside) < len(found) and any(name.startswith(f"{prefix}transformer_blocks.") for name in inside):
             others = [name for name in found if name not in set(inside)]

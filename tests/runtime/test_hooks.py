@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import cogx_fast
+from cogx_fast.model.layers import FeedForward
+from cogx_fast.model.transformer import Block
 from cogx_fast.runtime.attached import AttachedError
 from cogx_fast.runtime.compile import RecompileError, RecompileWarning, watch_compilation
 from tests.runtime.attached import CONFIG, SCOPES, build, run
@@ -75,6 +78,24 @@ def test_hooks_run_wherever_they_are_put(scope: str, called: bool, way: str, pla
         if called:
             assert relative_error(run(model), without) <= 1e-5
         ATTACH[way](model.get_submodule(place))
+        assert relative_error(run(model), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+@pytest.mark.parametrize("kind", [Block, FeedForward, nn.LayerNorm])
+def test_a_forward_given_to_a_class_runs_until_it_is_taken_away(
+    kind: type[Any], scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model, before = build(), build(scope), kind.forward
+    expected = run(model)
+    monkeypatch.setattr(kind, "forward", lambda self, *a, **k: before(self, *a, **k) * 0.5)
+    with pytest.warns(RecompileWarning) if kind is not Block or scope == "model" else nullcontext():
+        changed = run(model)
+    assert relative_error(changed, run(plain)) <= 1e-5
+    assert relative_error(changed, expected) > 1e-2
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RecompileWarning)
         assert relative_error(run(model), expected) <= 1e-5
 
 

@@ -29,7 +29,17 @@ def written(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["_orig_mod.", "module.", "transformer.", "model.", "model.diffusion_model.", "module._orig_mod."]
+    "prefix",
+    [
+        "_orig_mod.",
+        "module.",
+        "transformer.",
+        "model.",
+        "model.diffusion_model.",
+        "module._orig_mod.",
+        "net.",
+        "state_dict.ema.",
+    ],
 )
 def test_a_prefix_of_all_names_is_read_over(prefix: str, tmp_path: Path) -> None:
     state = small_state()
