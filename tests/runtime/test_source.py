@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 import cogx_fast
 from cogx_fast.runtime.attached import AttachedError
+from tests.runtime.attached import build, run
 from tests.support import RELEASED, inputs, pipeline_rotary, relative_error, small, upstream
 
 CONFIG = small("5b")
@@ -344,6 +345,14 @@ def test_on_a_model_of_ours_it_is_refused_as_well(change: str, compile: bool) ->
     make, words = OURS[change]
     make(model)
     refused(model, words)
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_a_compiled_model_of_ours_is_taken(scope: str) -> None:
+    compiled = build(scope)
+    expected = run(compiled)
+    assert relative_error(run(cogx_fast.load(compiled)), expected) <= 1e-5
+    assert torch.equal(run(compiled), expected)
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
