@@ -58,13 +58,21 @@ class RotaryNorm(nn.LayerNorm):
         weight_K, bias_K = self.weight.float(), self.bias.float()
         if not torch.compiler.is_compiling():
             normed = F.layer_norm(x_BSNK.float(), self.normalized_shape, weight_K, bias_K, self.eps)
-            swapped = normed.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)  # on the CPU in half the time of a flip
-            return torch.addcmul(normed * cos_S1K, swapped, sin_S1K).to(x_BSNK.dtype)
+            return _turn_pairs(normed, cos_S1K, sin_S1K).to(x_BSNK.dtype)
         variance, mean = torch.var_mean(x_BSNK.float(), -1, correction=0, keepdim=True)
         inverse_std = torch.rsqrt(variance + self.eps)
         normed = (x_BSNK.float() - mean) * inverse_std * weight_K + bias_K
         swapped = (_swap_pairs(x_BSNK).float() - mean) * inverse_std * _swap_pairs(weight_K) + _swap_pairs(bias_K)
         return (normed * cos_S1K + swapped * sin_S1K).to(x_BSNK.dtype)
+
+
+def _turn_pairs(x_BSNK: Tensor, cos_S1K: Tensor, sin_S1K: Tensor) -> Tensor:
+    """Turn the pairs of ``x_BSNK`` in its own memory: in fp32 it is the widest tensor before the feed-forward.
+
+    Autograd needs no value that is written over, of a norm's result or here.
+    """
+    swapped = x_BSNK.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)  # on the CPU in half the time of a flip
+    return x_BSNK.mul_(cos_S1K).addcmul_(swapped, sin_S1K)
 
 
 def _swap_pairs(x: Tensor) -> Tensor:

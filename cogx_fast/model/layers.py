@@ -150,14 +150,16 @@ class Modulate(NamedTuple):
 
 
 class ModulatedNorm(Part):
-    """LayerNorm over D, then ``· (1 + scale) + shift``."""
+    """LayerNorm over D, then ``· (1 + scale) + shift``, in one half of a block."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.norm = _layer_norm(config)
 
-    def forward(self, x_BSD: Tensor, modulate: Modulate) -> Tensor:
-        return torch.addcmul(modulate.shift, self.norm(x_BSD), modulate.scale_plus_1)
+    def forward(self, x_BSD: Tensor, mod_B6D: Tensor, is_text_S1: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed stream, and ``gate_BSD`` for what is computed from it; shift and scale do not outlive the norm."""
+        modulate = Modulate.select(mod_B6D, is_text_S1)
+        return torch.addcmul(modulate.shift, self.norm(x_BSD), modulate.scale_plus_1), modulate.gate
 
 
 class FeedForward(Part):

@@ -40,7 +40,8 @@ def project(linear: Any, x: Tensor, *, gelu: bool = False, reduced_next: bool = 
     else:
         out_RO = F.linear(x_RD, weight_OD, linear.bias)
     if gelu:
-        out_RO = F.gelu(out_RO, approximate="tanh")
+        in_place = _is_plain(linear) and not (out_RO.requires_grad or torch.compiler.is_compiling())
+        out_RO = (torch.ops.aten.gelu_ if in_place else F.gelu)(out_RO, approximate="tanh")
     if reduced_next and is_int8_dynamic(linear) and x.is_cuda:
         # A reduction of the result would be given the int32 product to scale itself, once for each of its loops. A
         # view by strides is one of memory: Inductor stores what it views, scaled, which the product then does.

@@ -1,7 +1,8 @@
 """The CogVideoX transformer, as data sees it: begin, L blocks over one joint stream, head.
 
 Equal to diffusers' ``CogVideoXTransformer3DModel`` (CogVideoX, arXiv:2408.06072), written for the compiler: text and
-video stay one stream, no state, no branch on data, nothing in place. The loop over the blocks is ``runtime.runner``'s.
+video stay one stream, no state, no branch on data, nothing in place but what is not compiled has just made. The loop
+over the blocks is ``runtime.runner``'s.
 
 Suffixes: B batch, F latent frames, C channels, H/W latent height/width, S joint tokens (text first), T text tokens,
 V video tokens, E width of text or time embedding, D model width, N heads, K head width, L layers, P values of a patch.
@@ -20,7 +21,6 @@ from cogx_fast.model.attention import Mask, Rotary, RotaryNorm, attend
 from cogx_fast.model.backends import get_backend
 from cogx_fast.model.layers import (
     FeedForward,
-    Modulate,
     ModulatedNorm,
     Modulation,
     OutputNorm,
@@ -104,10 +104,10 @@ class Block(Part):
         self, x_BSD: Tensor, mod_B12D: Tensor, is_text_S1: Tensor, rotary: Rotary | None, mask: Mask | LayerBlocks
     ) -> Tensor:
         """As ``forward``, without what is attached to the block."""
-        modulate = Modulate.select(mod_B12D[:, :6], is_text_S1)
-        x_BSD = torch.addcmul(x_BSD, modulate.gate, self.attn1(self.norm1(x_BSD, modulate), rotary, mask))
-        modulate = Modulate.select(mod_B12D[:, 6:], is_text_S1)
-        return torch.addcmul(x_BSD, modulate.gate, self.ff(self.norm2(x_BSD, modulate)))
+        normed_BSD, gate_BSD = self.norm1(x_BSD, mod_B12D[:, :6], is_text_S1)
+        x_BSD = torch.addcmul(x_BSD, gate_BSD, self.attn1(normed_BSD, rotary, mask))
+        normed_BSD, gate_BSD = self.norm2(x_BSD, mod_B12D[:, 6:], is_text_S1)
+        return torch.addcmul(x_BSD, gate_BSD, self.ff(normed_BSD))
 
 
 class Conditioning(NamedTuple):

@@ -17,29 +17,30 @@ from cogx_fast.costs import count_tokens, default_video
 from cogx_fast.runtime.compile import compile_model
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.cuda_standin.device import FAST, GIB, attention_kernels, peak_bytes
+from tests.support import RELEASED
 
 LAYERS = 2
 """Activations of a step do not grow with the layers, so few show the peak."""
 
 
-def ours(config: TransformerConfig) -> CogVideoXModel:
+def ours(config: TransformerConfig, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa-flash") -> Any:
     with torch.device("meta"):
-        model = CogVideoXModel(config, attention="sdpa-flash")
-    return model.to(torch.bfloat16).to_empty(device="cuda").eval().requires_grad_(False)
+        model = CogVideoXModel(config, attention=attention)
+    return model.to(dtype).to_empty(device="cuda").eval().requires_grad_(False)
 
 
-def theirs(config: TransformerConfig) -> Any:
+def theirs(config: TransformerConfig, dtype: torch.dtype = torch.bfloat16) -> Any:
     from diffusers import CogVideoXTransformer3DModel
 
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel(**config)
-    return model.to(torch.bfloat16).to_empty(device="cuda").eval().requires_grad_(False)
+    return model.to(dtype).to_empty(device="cuda").eval().requires_grad_(False)
 
 
-def arguments(config: TransformerConfig) -> dict[str, Any]:
-    """Of a guided step at the model's own size, as a pipeline makes them."""
+def arguments(config: TransformerConfig, dtype: torch.dtype = torch.bfloat16, batch: int = 2) -> dict[str, Any]:
+    """Of a step, guided with a batch of two, at the model's own size, as a pipeline makes them."""
     tokens = count_tokens(config, default_video(config))
-    return call_arguments(config, tokens, 2, torch.bfloat16, torch.device("cuda"))
+    return call_arguments(config, tokens, batch, dtype, torch.device("cuda"))
 
 
 def step_peak(model: Any, given: dict[str, Any]) -> int:
@@ -52,18 +53,20 @@ def step_peak(model: Any, given: dict[str, Any]) -> int:
 
 
 @pytest.mark.cards("h100")
-@pytest.mark.parametrize("preset", ["2b", "5b", "1.5-5b"])
-def test_an_eager_step_needs_no_more_than_diffusers(preset):
+@pytest.mark.parametrize("batch", [2, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("preset", RELEASED)
+def test_an_eager_step_needs_no_more_than_diffusers(preset, dtype, batch):
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         config = dataclasses.replace(PRESETS[preset], num_layers=LAYERS)
-        given = arguments(config)
-        peak = step_peak(ours(config), given)
+        given = arguments(config, dtype, batch)
+        peak = step_peak(ours(config, dtype, "sdpa"), given)
         gc.collect()
-        their_peak = step_peak(theirs(config), given)
+        their_peak = step_peak(theirs(config, dtype), given)
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
-    assert peak <= 1.01 * their_peak, f"{peak / GIB:.2f} GiB, diffusers {their_peak / GIB:.2f}"
+    assert peak <= their_peak, f"{peak / GIB:.2f} GiB, diffusers {their_peak / GIB:.2f}"
 
 
 @pytest.mark.cards("h100")
