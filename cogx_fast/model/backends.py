@@ -122,8 +122,9 @@ def _sdpa(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
         mask = mask.float() if isinstance(mask, Tensor) and mask.is_floating_point() else mask
         return F.scaled_dot_product_attention(q_BNSK, k_BNSK, v_BNSK, attn_mask=mask).bfloat16()
     if q_BNSK.is_cpu and not torch.compiler.is_compiling():
-        # Its kernel reads a head's keys and values again for every few queries: rows that lie together faster.
-        q_BNSK, k_BNSK, v_BNSK = q_BNSK.contiguous(), k_BNSK.contiguous(), v_BNSK.contiguous()
+        # Its kernel reads a head's keys and values again for every few queries: rows that lie together faster. The
+        # output lies as the queries do.
+        k_BNSK, v_BNSK = k_BNSK.contiguous(), v_BNSK.contiguous()
     return F.scaled_dot_product_attention(q_BNSK, k_BNSK, v_BNSK, attn_mask=mask)
 
 
