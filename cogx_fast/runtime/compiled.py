@@ -203,7 +203,7 @@ class WholeRunner(CompiledRunner):
         self._whole = Piece(run, self._compile, self._mark, self._calls, self._inside)
 
     def _mark(self, model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> None:
-        self._symbols.mark_inputs(inputs)
+        self._symbols.mark_inputs(model, inputs)
 
     def _run(self, model: CogVideoXTransformer, inputs: Inputs) -> Tensor:
         is_replayed = self._symbols.cuda_graphs and inputs.latents_BFCHW.is_cuda

@@ -17,6 +17,7 @@ from cogx_fast.runtime.runner import Inputs
 
 _BATCH_HINT = 2
 """The batch that kernels are tuned for where the graph holds for every batch; guidance doubles a batch of one."""
+_FLEX = ("flex", "flex-flash")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +34,13 @@ class Symbols:
     quantizes_activations: bool
     """A product of the model does (``quantizes_activations``)."""
 
-    def mark_inputs(self, inputs: Inputs) -> None:
+    def mark_inputs(self, model: nn.Module, inputs: Inputs) -> None:
         """For a graph of the whole step."""
         latents_BFCHW, text_BTE, timestep_B, ofs_B, rotary, position_1SD, mask = inputs
-        self._mark((latents_BFCHW, text_BTE, timestep_B, ofs_B), batch=True)
+        self._mark((latents_BFCHW, text_BTE, timestep_B, ofs_B), batch_of=model)
         self._mark((latents_BFCHW,), 1, 3, 4)
         self._mark((text_BTE, position_1SD), 1)
-        self._mark_tokens(rotary, mask)
+        self._mark_tokens(model, rotary, mask)
 
     def mark_block(
         self,
@@ -51,41 +52,51 @@ class Symbols:
         mask: Mask | LayerBlocks,
     ) -> None:
         """For a graph of one block; the arguments are ``Block.compute``'s."""
-        self._mark((x_BSD, mod_B12D), batch=True)
+        self._mark((x_BSD, mod_B12D), batch_of=block)
         self._mark((x_BSD,), 1)
         self._mark((is_text_S1,), 0)
-        self._mark_tokens(rotary, mask)
+        self._mark_tokens(block, rotary, mask)
 
-    def _mark(self, tensors: tuple[Tensor | None, ...], *dims: int, batch: bool = False) -> None:
-        """Have torch take these dimensions as symbols; ``batch``: dimension 0 is B.
+    def _mark(self, tensors: tuple[Tensor | None, ...], *dims: int, batch_of: nn.Module | None = None) -> None:
+        """Have torch take these dimensions as symbols; with ``batch_of``, the module called, dimension 0 is B.
 
         An ordinary symbol is never 1: torch compiles sizes of 1 apart. So B is an unbacked one, which holds for 1 too
         (measured: benchmarks/NOTES.md) and of which torch must know that it is not 0: quantizing of activations asks.
-        CUDA graphs are not recorded with unbacked symbols; there B = 1 is apart. So it is with quantized activations in
-        versions of torch that cannot be told.
         """
         if not self.dynamic:
             return
         from torch._dynamo.decorators import mark_dynamic, mark_unbacked
 
-        for tensor in tensors:
-            if tensor is None:
-                continue
-            if batch and not self._is_one_apart(tensor.device):
-                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch", **_batch_bounds(mark_unbacked))
-            elif batch:
+        present = [tensor for tensor in tensors if tensor is not None]
+        is_one_apart = batch_of is not None and self._is_one_apart(present, batch_of)
+        for tensor in present:
+            if is_one_apart:
                 mark_dynamic(tensor, 0)
+            elif batch_of is not None:
+                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch", **_batch_bounds(mark_unbacked))
             if dims and getattr(tensor, "_dynamo_dynamic_indices", None) != {*dims}:
                 mark_dynamic(tensor, list(dims))
 
-    def _is_one_apart(self, device: torch.device) -> bool:
+    def _is_one_apart(self, tensors: list[Tensor], module: nn.Module) -> bool:
+        """Whether a batch of one has a graph of its own, because of what cannot be done with an unbacked symbol.
+
+        CUDA graphs are not recorded with one. Flex attention's derivative asks whether it is above 1. torch 2.11, which
+        cannot be told bounds, asks where activations are quantized, and compiles no derivative on CUDA.
+        """
         from torch._dynamo.decorators import mark_unbacked
 
-        if self.cuda_graphs and device.type == "cuda":
+        is_on_cuda, has_bounds = any(tensor.is_cuda for tensor in tensors), bool(_batch_bounds(mark_unbacked))
+        if self.cuda_graphs and is_on_cuda:
             return True
-        return self.quantizes_activations and not _batch_bounds(mark_unbacked)
+        if self.quantizes_activations and not has_bounds:
+            return True
+        asks = (is_on_cuda and not has_bounds) or any(
+            getattr(each, "backend", None) in _FLEX for each in module.modules()
+        )
+        is_differentiated = any(tensor.requires_grad for tensor in (*tensors, *module.parameters()))
+        return asks and torch.is_grad_enabled() and is_differentiated
 
-    def _mark_tokens(self, rotary: Rotary | None, mask: Mask | LayerBlocks | SparseBlocks) -> None:
+    def _mark_tokens(self, module: nn.Module, rotary: Rotary | None, mask: Mask | LayerBlocks | SparseBlocks) -> None:
         self._mark(rotary or (), 0)
         if isinstance(mask, LayerBlocks | SparseBlocks):
             self._mark((mask.counts_PQ,), 1)
@@ -93,7 +104,7 @@ class Symbols:
         if isinstance(mask, SparseBlocks):
             self._mark(tuple(mask.order), 0)
         if isinstance(mask, Tensor):
-            self._mark((mask,), *(dim for dim in (2, 3) if mask.shape[dim] > 1), batch=True)
+            self._mark((mask,), *(dim for dim in (2, 3) if mask.shape[dim] > 1), batch_of=module)
 
 
 def quantizes_activations(model: nn.Module) -> bool:
