@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cogx_fast.runtime.compile import CompileConfig
     from cogx_fast.runtime.module import CogVideoXModel
     from cogx_fast.runtime.plan import AttentionPlan
+    from cogx_fast.runtime.step_schedule import StepSchedule
     from cogx_fast.weights.checkpoint import Finish
     from quant import Recipe
 
@@ -46,6 +47,7 @@ def load(
     device: torch.device | str | int | None = None,
     attention: str = "auto",
     attention_plan: AttentionPlan | str | os.PathLike[str] | None = None,
+    step_cache: StepSchedule | str | os.PathLike[str] | None = None,
     compile: bool | CompileConfig = False,
     compile_cache: str | os.PathLike[str] | None = None,
     quant: str | os.PathLike[str] | Recipe | None = None,
@@ -75,6 +77,9 @@ def load(
             chooses at its first call there. ``model.attention_choice`` says why.
         attention_plan: sparse attention (approximate): a file of `cogx-fast plan`, "radial", "tiles" or an
             ``AttentionPlan``. None is dense, or the plan of a live model of ours.
+        step_cache: skip parts of denoising steps (approximate): "quality", "balanced" or "fast" (1.5, 2 or 3 times
+            fewer blocks), "teacache:0.2", "mask:1,1,0,…", the .toml file of a schedule, or "first-block:0.08", which
+            decides step by step. Not with ``scope="model"``.
         compile: compile the model, with the default ``CompileConfig`` or a given one.
         compile_cache: start warm from this file, which ``model.save_compile_cache`` wrote: its code is run, so take it
             only from where you trust code. One that does not fit is not used, with a warning that says why.
@@ -97,12 +102,17 @@ def load(
         CheckpointNotFoundError: (also a FileNotFoundError) nothing there, or a file that belongs to it is missing.
         AttachedError: (a ValueError) a live model with something attached to it that would be lost.
         ConfigError: (a ValueError) a configuration that is no CogVideoX transformer's.
+        StepCacheError: (a ValueError) a step schedule that is none, before anything is loaded, or another model's.
         PlanError: (a ValueError) an attention plan that is none, or another model's.
         ValueError: an attention backend that is not known or cannot run here; the message says what to do.
         QuantError: (a ValueError) a recipe that does not fit the model or cannot run here; before weights are read.
     """
     if compile_cache is not None and not compile:
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
+    if step_cache is not None:
+        from cogx_fast.runtime.step_schedule import choose_strategy
+
+        choose_strategy(step_cache)
     if attention_plan is None:
         attention_plan = getattr(source, "attention_plan", None)
     model = load_weights(
@@ -124,6 +134,8 @@ def load(
         from cogx_fast.runtime.plan import choose_plan
 
         model.set_attention_plan(choose_plan(attention_plan, model.config))
+    if step_cache is not None:
+        model.set_step_cache(step_cache)
     if not compile:
         _warn_if_slow(model)
     if compile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,9 +14,9 @@ from cogx_fast.runtime.attached import Watch
 from cogx_fast.runtime.cache import Recorder
 from cogx_fast.runtime.cachedir import CacheDirectory
 from cogx_fast.runtime.calls import Calls
-from cogx_fast.runtime.compiled import CompiledRunner, WholeRunner
+from cogx_fast.runtime.compiled import CompiledRunner, WholeRunner, refuse_untraceable
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.runner import Runner, Slots
+from cogx_fast.runtime.runner import Runner, call_eagerly
 from cogx_fast.runtime.symbols import Symbols, quantizes_activations
 from cogx_fast.runtime.watch import CompilationStats, RecompileError, RecompileWarning, watch_compilation
 
@@ -110,9 +110,12 @@ def compile_model(
             backend=recorder or config.backend,
         )
         whole = config.scope == "model"
+        slots = replace(model.runner.slots, call_block=call_eagerly)
+        if whole:
+            refuse_untraceable(slots)
         runner: type[CompiledRunner] = WholeRunner if whole else CompiledRunner
         model.runner = runner(
-            Slots(),
+            slots,
             model,
             compilation=Compilation(config, recorder),
             compile=compile,
@@ -139,7 +142,7 @@ def uncompile_model(model: CogVideoXModel) -> None:
         ValueError: it runs a package.
     """
     model.runner.refuse_packaged("the model cannot run eagerly")
-    model.runner = Runner()
+    model.runner = Runner(replace(model.runner.slots, call_block=call_eagerly))
 
 
 INT8_OPTIONS: Mapping[str, Any] = {"epilogue_fusion_first": True}

@@ -133,12 +133,17 @@ class CompiledRunner(Runner):
         """A step, compiled; under a caller's own ``torch.compile`` a part of that graph."""
         if torch.compiler.is_compiling():
             return run(model, self.slots, inputs)
-        inputs = own_tensors(inputs)
+        inputs = self._own(inputs)
         with self._calls.during(describe_call(model, inputs)):
             return self._run(model, inputs)
 
     def _run(self, model: CogVideoXTransformer, inputs: Inputs) -> Tensor:
         return run(model, self.slots, inputs)
+
+    def _own(self, inputs: Inputs) -> Inputs:
+        """With a mask of our own to mark; what else a block is given is made in each call."""
+        mask = inputs.mask
+        return inputs._replace(mask=mask.view_as(mask)) if isinstance(mask, Tensor) else inputs
 
     # -- what is attached ---------------------------------------------------------------------------------------------
 
@@ -192,6 +197,15 @@ class CompiledRunner(Runner):
 class WholeRunner(CompiledRunner):
     """Runs a model as one graph, in which a kind of block is a region, compiled once (but for ``unrolled``)."""
 
+    def use(self, slots: Slots) -> None:
+        """As ``Runner.use``.
+
+        Raises:
+            ValueError: a value cannot be part of a graph.
+        """
+        refuse_untraceable(slots)
+        super().use(slots)
+
     def _attached_inside(self, model: CogVideoXTransformer) -> list[Attached]:
         parts = [*model.named_children(), *_blocks(model)]
         return [each for name, part in parts if name != "transformer_blocks" for each in on_modules(part, name)]
@@ -201,6 +215,9 @@ class WholeRunner(CompiledRunner):
             self.slots = replace(self.slots, call_block=CallWith(self._by_kind(model, _region)))
         assert self._inside is not None
         self._whole = Piece(run, self._compile, self._mark, self._calls, self._inside)
+
+    def _own(self, inputs: Inputs) -> Inputs:
+        return own_tensors(super()._own(inputs))
 
     def _mark(self, model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> None:
         self._symbols.mark_inputs(model, inputs)
@@ -242,14 +259,25 @@ def _blocks(model: CogVideoXTransformer) -> list[tuple[str, nn.Module]]:
 
 def own_tensors(inputs: Inputs) -> Inputs:
     """The same values in objects of our own to mark, laid out the same way whatever the caller's strides."""
-    mask = inputs.mask
     return inputs._replace(
         latents_BFCHW=inputs.latents_BFCHW.contiguous().view_as(inputs.latents_BFCHW),
         text_BTE=inputs.text_BTE.contiguous().view_as(inputs.text_BTE),
         timestep_B=_per_video(inputs.timestep_B),
         ofs_B=None if inputs.ofs_B is None else _per_video(inputs.ofs_B),
-        mask=mask.view_as(mask) if isinstance(mask, Tensor) else mask,
     )
+
+
+def refuse_untraceable(slots: Slots) -> None:
+    """Refuse to compile as one graph what decides between calls of compiled code.
+
+    Raises:
+        ValueError: a slot's value does.
+    """
+    if names := slots.untraceable():
+        raise ValueError(
+            f"{', '.join(names)} (a step cache, say) decides outside of compiled code, which a graph of the whole step "
+            "cannot: use CompileConfig(scope='block')"
+        )
 
 
 def _per_video(tensor_B: Tensor) -> Tensor:
@@ -257,4 +285,4 @@ def _per_video(tensor_B: Tensor) -> Tensor:
     return tensor_B.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-__all__ = ["CompiledRunner", "Piece", "WholeRunner", "own_tensors"]
+__all__ = ["CompiledRunner", "Piece", "WholeRunner", "own_tensors", "refuse_untraceable"]

@@ -14,12 +14,15 @@ from torch import Tensor
 from cogx_fast.config import ConfigError, TransformerConfig
 from cogx_fast.model.backends import BACKENDS, UPSTREAM_NAMES, Backend, ready_backend
 from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
+from cogx_fast.runtime import step_cache
 from cogx_fast.runtime.attached import Watch, check_own, check_processor
 from cogx_fast.runtime.choice import AttentionFor, Choice, choose_attention
 from cogx_fast.runtime.inputs import Preparation
 from cogx_fast.runtime.plan import AttentionPlan
 from cogx_fast.runtime.quantized import follow_dtype
-from cogx_fast.runtime.runner import Runner
+from cogx_fast.runtime.runner import Runner, compute_all
+from cogx_fast.runtime.step_cache import StepCache
+from cogx_fast.runtime.step_schedule import StepSchedule, choose_strategy
 
 if TYPE_CHECKING:
     from cogx_fast.runtime.explain import Explanation
@@ -234,8 +237,9 @@ class CogVideoXModel(CogVideoXTransformer):
 
     @contextmanager
     def cache_context(self, name: str, **_: Any) -> Any:
-        """Pipelines enter it around each call; this model keeps nothing between calls, so it does nothing."""
-        yield
+        """Pipelines enter it around each call: what a step cache keeps under one name is kept apart from others."""
+        with step_cache.context(name):
+            yield
 
     @property
     def attn_processors(self) -> dict[str, Backend]:
@@ -329,6 +333,19 @@ class CogVideoXModel(CogVideoXTransformer):
             plan.check(self.config, self)
         self.inputs.plan = plan
         self.inputs.tables.clear()
+
+    def set_step_cache(self, value: StepSchedule | str | os.PathLike[str] | None) -> None:
+        """Skip parts of steps (approximate) from the next generation on, or none.
+
+        Args:
+            value: as ``load(step_cache=…)``.
+
+        Raises:
+            StepCacheError: (a ValueError) it is nothing that can be used, or another model's.
+            ValueError: the model is compiled with ``scope="model"``.
+        """
+        reuse: Any = compute_all if value is None else StepCache(choose_strategy(value, self.config))
+        self.runner.use(dataclasses.replace(self.runner.slots, reuse=reuse))
 
     def save_pretrained(
         self,

@@ -4,7 +4,7 @@
 |---|---|---|
 | call_block | how a block is computed | eager (here); compiled (``compiled``); packaged (``package``) |
 | residency | where a block's weights are when it is called | on the device (here) |
-| reuse | which blocks a step computes | all of them (here) |
+| reuse | which blocks a step computes | all of them (here); as a schedule says (``step_cache``) |
 | split | which part of the stream this process computes | all of it (here) |
 
 A runner keeps nothing of a call, so several threads may run at once.
@@ -16,7 +16,7 @@ V video tokens, E width of text, D model width, L layers, P values of a patch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -94,7 +94,9 @@ def on_device(blocks: Iterable[Any], first: int, last: int) -> Iterable[tuple[in
     return enumerate(list(blocks)[first:last], first)
 
 
-def compute_all(compute: ComputeBlocks, x_BSD: Tensor, num_layers: int) -> Tensor:
+def compute_all(
+    compute: ComputeBlocks, x_BSD: Tensor, num_layers: int, model: CogVideoXTransformer, timestep_B: Tensor
+) -> Tensor:
     """Every block in every step."""
     return compute(x_BSD, 0, num_layers)
 
@@ -113,14 +115,20 @@ class Whole:
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
-    """How each part of a step is done. The default values cost nothing and can be traced."""
+    """How each part of a step is done. The default values cost nothing and can be traced; a value that cannot says so
+    by ``is_traceable = False``."""
 
     begin: Callable[..., tuple[Tensor, Tensor, Conditioning]] = CogVideoXTransformer.begin
     call_block: Callable[[int, Block], Callable[..., Tensor]] = call_eagerly
     head: Callable[..., Tensor] = CogVideoXTransformer.head
     residency: Callable[..., Iterable[tuple[int, Block]]] = on_device
-    reuse: Callable[[ComputeBlocks, Tensor, int], Tensor] = compute_all
+    reuse: Callable[[ComputeBlocks, Tensor, int, CogVideoXTransformer, Tensor], Tensor] = compute_all
     split: Whole = Whole()  # noqa: RUF009  # it holds nothing
+
+    def untraceable(self) -> list[str]:
+        """The slots whose values a graph of the whole step cannot hold."""
+        values = ((each.name, getattr(self, each.name)) for each in fields(self))
+        return [name for name, value in values if not getattr(value, "is_traceable", True)]
 
 
 def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
@@ -143,7 +151,7 @@ def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
             x_BSD = call(x_BSD, *for_blocks.of(layer))
         return x_BSD
 
-    x_BSD = slots.split.leave(slots.reuse(compute, x_BSD, len(model.transformer_blocks)))
+    x_BSD = slots.split.leave(slots.reuse(compute, x_BSD, len(model.transformer_blocks), model, timestep_B))
     patches_BVP = slots.head(model, x_BSD[:, text_BTE.shape[1] :], conditioning.out_B2D, restore_V)
     return unpatchify(patches_BVP, latents_BFCHW.shape, *patch)
 
@@ -173,12 +181,17 @@ class Runner:
         """``run`` with these slots."""
         return run(model, self.slots, inputs)
 
+    def use(self, slots: Slots) -> None:
+        """Run with other slots from the next step on; ``begin``, ``call_block`` and ``head`` stay the runner's own."""
+        mine = self.slots
+        self.slots = replace(slots, begin=mine.begin, call_block=mine.call_block, head=mine.head)
+
     def follow_attached(self, model: CogVideoXTransformer) -> None:
         """Take note of what was attached to the model's modules, or taken away, since the last call."""
 
     def for_copy(self) -> Runner:
         """What a copied or pickled model has in its place: compiled code stays with its model, a copy compiles anew."""
-        copied = Runner()
+        copied = Runner(replace(self.slots, call_block=call_eagerly))
         copied.compilation = self.compilation
         return copied
 

@@ -33,7 +33,7 @@ def model() -> Any:
 
 
 def test_reuse_decides_which_blocks_are_computed(model: Any) -> None:
-    def without_the_second(compute: ComputeBlocks, x_BSD: Tensor, num_layers: int) -> Tensor:
+    def without_the_second(compute: ComputeBlocks, x_BSD: Tensor, num_layers: int, *_: Any) -> Tensor:
         return compute(compute(x_BSD, 0, 1), 2, num_layers)
 
     model.runner = Runner(Slots(reuse=without_the_second))

@@ -1,0 +1,86 @@
+"""Step schedules as TOML files: small, to be read and edited by people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from cogx_fast.runtime.step_schedule import StepCacheError, StepSchedule
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FORMAT = 1
+_TYPES: dict[str, tuple[type, ...]] = {
+    "num_layers": (int,), "forecast": (str,), "scheduler": (str,), "config_hash": (str,), "error": (int, float),
+    "origin": (str,),
+}  # fmt: skip
+
+
+def render_schedule(schedule: StepSchedule) -> str:
+    """The schedule as TOML."""
+    lines = ["# A step schedule of cogx_fast: how many of the first blocks each step computes.", f"format = {FORMAT}"]
+    for field in dataclasses.fields(schedule):
+        value = getattr(schedule, field.name)
+        if value is None:
+            continue
+        text = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+        lines.append(f"{field.name} = {text}")  # TOML writes these as JSON does
+    return "\n".join(lines) + "\n"
+
+
+def write_schedule(schedule: StepSchedule, path: str | os.PathLike[str]) -> None:
+    """Write a schedule whole, or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        part.write_text(render_schedule(schedule), encoding="utf-8")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_schedule(path: str | os.PathLike[str]) -> StepSchedule:
+    """Read a schedule that ``write_schedule`` wrote.
+
+    Raises:
+        StepCacheError: it holds none, or one of a newer format.
+        OSError: it cannot be read.
+    """
+    try:
+        return _parse(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+    except (StepCacheError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise StepCacheError(f"{path}: {error}: this is no step schedule that can be used") from None
+
+
+def _parse(data: dict[str, Any]) -> StepSchedule:
+    if data.get("format") != FORMAT:
+        raise StepCacheError(f"format is {data.get('format')!r}, expected {FORMAT}")
+    known = {field.name for field in dataclasses.fields(StepSchedule)}
+    unknown = sorted(set(data) - known - {"format"})
+    if unknown:
+        raise StepCacheError(f"unknown keys {', '.join(unknown)}")
+    missing = sorted({"blocks", "num_layers"} - set(data))
+    if missing:
+        raise StepCacheError(f"{', '.join(missing)} is missing")
+    blocks = data["blocks"]
+    if not isinstance(blocks, list) or not all(isinstance(each, int) and not isinstance(each, bool) for each in blocks):
+        raise StepCacheError(f"blocks is {str(blocks)[:80]}, expected a list of whole numbers, one for each step")
+    values: dict[str, Any] = {name: data[name] for name in _TYPES if name in data}
+    for name, value in values.items():
+        if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
+            raise StepCacheError(f"{name} is {value!r}, expected a {' or '.join(t.__name__ for t in _TYPES[name])}")
+    return StepSchedule(blocks=tuple(blocks), **values)
+
+
+__all__ = ["read_schedule", "render_schedule", "write_schedule"]
