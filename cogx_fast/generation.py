@@ -54,6 +54,8 @@ class Setting:
     """Attention backend, of our transformer alone."""
     attention_plan: str | None = None
     """Sparse attention, of our transformer alone: a built-in plan's name or a file."""
+    step_cache: str | None = None
+    """Which parts of steps are skipped, of our transformer alone: as ``load(step_cache=…)``."""
     quant: str | None = None
     """Quantization recipe, of our transformer alone."""
     offload: str | None = None
@@ -69,6 +71,7 @@ class Setting:
         options = (
             ("attention", self.attention, "auto"),
             ("attention_plan", self.attention_plan, None),
+            ("step_cache", self.step_cache, None),
             ("quant", self.quant, None),
         )
         for name, value, unset in options:
@@ -198,6 +201,7 @@ def open_pipeline(
             device="cpu" if is_laid_out and setting.quant is None else device,
             attention=setting.attention,
             attention_plan=setting.attention_plan,
+            step_cache=setting.step_cache,
             compile=setting.compile,
             quant=setting.quant,
         )

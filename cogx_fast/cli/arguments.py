@@ -57,6 +57,11 @@ def add_video(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--attention-plan", metavar="PLAN", help="sparse attention: radial, tiles, or a file of `cogx-fast plan`"
     )
+    command.add_argument(
+        "--step-cache",
+        metavar="CACHE",
+        help="skip parts of steps: quality, balanced, fast, teacache:0.2, mask:1,1,0,…, or the file of a schedule",
+    )
 
 
 def add_offload(command: argparse._ActionsContainer) -> None:

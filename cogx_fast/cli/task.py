@@ -40,6 +40,7 @@ class Task:
             "compiled": generation.is_compiled(pipe),
             "attention": self.setting.attention,
             "attention_plan": self.setting.attention_plan,
+            "step_cache": self.setting.step_cache,
             "quant": self.setting.quant,
             "steps": self.request.steps,
             "guidance": self.request.guidance,
@@ -88,6 +89,7 @@ def read_task(arguments: argparse.Namespace) -> Task:
             dtype=None if arguments.dtype is None else generation.DTYPES[arguments.dtype],
             attention=arguments.attention,
             attention_plan=arguments.attention_plan,
+            step_cache=arguments.step_cache,
             compile=device.type == "cuda" if arguments.compile is None else arguments.compile,
             offload=arguments.offload,
             vae_tiling=arguments.vae_tiling,
@@ -133,7 +135,8 @@ def change_task(task: Task, text: str, *, compile: bool | None = None) -> Task:
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"setting {text!r}: {key}: {error}") from None
     if settings.get("transformer") == generation.UPSTREAM:
-        settings = {"compile": bool(compile), "attention": "auto", "attention_plan": None, **settings}
+        ours = {"attention": "auto", "attention_plan": None, "step_cache": None}
+        settings = {"compile": bool(compile), **ours, **settings}
     try:
         setting = dataclasses.replace(task.setting, **settings)
     except ValueError as error:
@@ -158,6 +161,7 @@ def _keys() -> dict[str, Callable[[str], Any]]:
         "compile": lambda text: _SWITCH[_one_of(tuple(_SWITCH), text)],
         "attention": str,
         "attention_plan": str,
+        "step_cache": str,
         "steps": count,
         "guidance": float,
         "seed": seed,
