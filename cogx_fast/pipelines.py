@@ -24,7 +24,8 @@ def accelerate(pipe: Pipeline, **options: Any) -> Pipeline:
     Args:
         pipe: a ``CogVideoXPipeline``, ``…ImageToVideoPipeline``, ``…VideoToVideoPipeline`` or
             ``CogVideoXFunControlPipeline``; changed in place.
-        **options: as for ``cogx_fast.load``: ``dtype``, ``device``, ``attention``, ``compile``.
+        **options: as for ``cogx_fast.load``: ``dtype``, ``device``, ``attention``, ``attention_plan``, ``step_cache``,
+            ``compile``, ``compile_cache``, ``quant``, ``check_finite``.
 
     Returns:
         The same pipeline.

@@ -150,37 +150,34 @@ class Mask:
 
 @dataclass(frozen=True)
 class Even:
-    """Whole steps first and last and evenly between, so many that ``speedup`` times fewer blocks are computed."""
+    """Whole steps first and last and evenly between, so many that ``speedup`` times fewer blocks are computed.
+
+    In the other steps no block is, and what they would add lies on a line through the last two whole steps.
+    """
 
     name: str
     speedup: float
-    forecast: Forecast
+    whole_at_first: float
+    """Part of the steps at the beginning that are whole: there the picture's layout is decided."""
 
     def schedule(self, model: CogVideoXTransformer, timesteps: Sequence[float]) -> StepSchedule:
         """The schedule for so many steps."""
         steps, layers = len(timesteps), len(model.transformer_blocks)
-        first = math.ceil(layers * FIRST_PART)
-        begin = min(steps, math.ceil(steps * WHOLE_AT_FIRST))
+        begin = min(steps, max(1, math.ceil(steps * self.whole_at_first)))
         whole = set(range(begin)) | {steps - 1}
-        # whole steps w with w · layers + (steps - w) · first = steps · layers / speedup
-        wanted = math.ceil(steps * (layers / self.speedup - first) / (layers - first)) if layers > first else steps
-        more = max(0, wanted - len(whole))
+        more = max(0, math.ceil(steps / self.speedup) - len(whole))
         between = steps - 1 - begin
         whole |= {begin + math.floor((number + 0.5) * between / more) for number in range(min(more, between))}
-        blocks = tuple(layers if step in whole else first for step in range(steps))
-        return StepSchedule(blocks=blocks, num_layers=layers, forecast=self.forecast, origin=f"{self.name!r}")
+        blocks = tuple(layers if step in whole else 0 for step in range(steps))
+        return StepSchedule(blocks=blocks, num_layers=layers, forecast="linear", origin=f"{self.name!r}")
 
 
-WHOLE_AT_FIRST = 0.1
-"""Part of the steps that are computed whole at the beginning, where the picture's layout is decided."""
-FIRST_PART = 0.05
-"""Part of the blocks that every step computes: with them the rest follows the stream's change."""
 EVEN = {
-    "quality": Even("quality", 1.5, "linear"),
-    "balanced": Even("balanced", 2.0, "linear"),
-    "fast": Even("fast", 3.0, "linear"),
+    "quality": Even("quality", 1.5, 0.2),
+    "balanced": Even("balanced", 2.0, 0.1),
+    "fast": Even("fast", 3.0, 0.1),
 }
-"""The named ones."""
+"""The named ones. What they do to the tiny model's videos: benchmarks/NOTES.md."""
 
 
 COEFFICIENTS: dict[str, tuple[float, ...]] = {
