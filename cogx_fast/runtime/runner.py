@@ -98,7 +98,9 @@ def compute_all(
     compute: ComputeBlocks, x_BSD: Tensor, num_layers: int, model: CogVideoXTransformer, timestep_B: Tensor
 ) -> Tensor:
     """Every block in every step."""
-    return compute(x_BSD, 0, num_layers)
+    stream = [x_BSD]
+    del x_BSD  # the first block's input is not held while the others run
+    return compute(stream.pop(), 0, num_layers)
 
 
 class Whole:
@@ -151,7 +153,10 @@ def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
             x_BSD = call(x_BSD, *for_blocks.of(layer))
         return x_BSD
 
-    x_BSD = slots.split.leave(slots.reuse(compute, x_BSD, len(model.transformer_blocks), model, timestep_B))
+    stream = [x_BSD]
+    del x_BSD
+    x_BSD = slots.reuse(compute, stream.pop(), len(model.transformer_blocks), model, timestep_B)
+    x_BSD = slots.split.leave(x_BSD)
     patches_BVP = slots.head(model, x_BSD[:, text_BTE.shape[1] :], conditioning.out_B2D, restore_V)
     return unpatchify(patches_BVP, latents_BFCHW.shape, *patch)
 
