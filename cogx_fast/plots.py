@@ -163,6 +163,40 @@ def plot_mixes(mixes: Sequence[Mix], *, best: Mix, budget_db: float, title: str)
     return _picture(figure)
 
 
+def plot_schedule(bounds: Sequence[float], blocks: Sequence[int], *, error: float, title: str) -> Any:
+    """The predicted error against how many steps are whole, with the chosen number, and which steps those are.
+
+    Args:
+        bounds: for 1, 2, … whole steps, as a part of the first.
+        blocks: that each step of the chosen schedule computes.
+        error: that was measured with it.
+        title: line at the top.
+
+    Returns:
+        A ``PIL.Image.Image``.
+
+    Raises:
+        MissingDependencyError: matplotlib or pillow is not installed.
+    """
+    figure, (upper, lower) = _figure(title, rows=2, height=4.4)
+    whole = sum(1 for count in blocks if count)
+    parts = np.arange(1, len(bounds) + 1) / len(bounds)
+    shown = np.array(bounds) > 0
+    upper.plot(parts[shown], np.array(bounds)[shown], "-", color=_COLOURS[0], linewidth=1.4)
+    upper.set_yscale("log")
+    upper.plot(parts[whole - 1], bounds[whole - 1], "o", color=_COLOURS[1], markersize=8)
+    upper.annotate(
+        f"{whole} of {len(bounds)} steps: measured {error:.3f}", (parts[whole - 1], bounds[whole - 1]),
+        xytext=(10, 6), textcoords="offset points", color=_INK, fontsize=8,
+    )  # fmt: skip
+    upper.set_xlabel("part of the steps that is whole")
+    upper.set_ylabel("predicted error, of one whole step's")
+    lower.bar(range(1, len(blocks) + 1), blocks, color=_COLOURS[0])
+    lower.set_xlabel("step")
+    lower.set_ylabel("blocks computed")
+    return _picture(figure)
+
+
 def _figure(title: str, *, rows: int, height: float, sharex: bool = False) -> tuple[Any, Any]:
     """A figure of its own, outside matplotlib's global state, and its axes."""
     figure = require("matplotlib.figure", why="to draw plots").Figure(
@@ -216,4 +250,4 @@ def _picture(figure: Any) -> Any:
     return image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-__all__ = ["Mix", "Point", "plot_frames", "plot_mixes", "plot_speed"]
+__all__ = ["Mix", "Point", "plot_frames", "plot_mixes", "plot_schedule", "plot_speed"]

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 
 from cogx_fast import __version__
-from cogx_fast.cli import bench, compare, demo, explain, export, generate, info, plan, quantize, recipes, roofline
+from cogx_fast.cli import bench, compare, demo, explain, export, generate, info, plan, quantize, recipes, roofline, tune
 from cogx_fast.cli.arguments import Parser
 from cogx_fast.cli.output import fail, one_line, quiet_libraries
 from cogx_fast.optional import MissingDependencyError
@@ -26,6 +26,7 @@ _COMMANDS = {
     "explain": explain,
     "export": export,
     "plan": plan,
+    "tune": tune,
     "quantize": quantize,
     "recipes": recipes,
     "roofline": roofline,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cogx_fast.model.transformer import CogVideoXTransformer
 
 Forecast = Literal["reuse", "linear"]
-FORECASTS = ("reuse", "linear")
+FORECASTS: tuple[Forecast, ...] = ("reuse", "linear")
 """What stands in for blocks that are not computed: what they added in the last whole step; or a line through what they
 added in the last two."""
 

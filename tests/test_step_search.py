@@ -1,0 +1,121 @@
+"""``cogx-fast tune steps``: a schedule that is better than an even one, and a search that goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cogx_fast
+from cogx_fast.assets import tiny_pipeline_dir
+from cogx_fast.costs import choose_video
+from cogx_fast.generation import Request, run_pipeline
+from cogx_fast.runtime.runner import Runner
+from cogx_fast.runtime.step_cache import StepCache
+from cogx_fast.runtime.step_schedule import EVEN, Given, StepCacheError, StepSchedule
+from cogx_fast.runtime.step_schedule_file import read_schedule
+from cogx_fast.step_search import _choose, find_schedule, run_latents
+from tests.conftest import report, run_cli
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    from diffusers import CogVideoXPipeline
+
+    made = cogx_fast.accelerate(CogVideoXPipeline.from_pretrained(str(tiny_pipeline_dir())))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def request(pipe: Any, prompt: str, **options: Any) -> Request:
+    return Request(prompt=prompt, size=choose_video(pipe.transformer.config), **{"steps": STEPS, **options})
+
+
+def error(pipe: Any, wanted: torch.Tensor, made: StepSchedule, held_out: Request) -> float:
+    model = pipe.transformer
+    model.runner.use(dataclasses.replace(model.runner.slots, reuse=StepCache(Given(made))))
+    latents = run_latents(run_pipeline, pipe, held_out, lambda _: None)
+    model.runner = Runner()
+    return float((latents - wanted).norm() / wanted.norm())
+
+
+def test_it_is_better_than_even_steps_on_another_prompt(pipe: Any) -> None:
+    found = find_schedule(pipe, [request(pipe, "the digit three moving up")], speedup=2.5)
+    assert found.schedule.speedup >= 2.4
+    assert found.schedule.blocks[0] == pipe.transformer.config.num_layers
+    assert found.measured[found.schedule.forecast] == found.schedule.error == min(found.measured.values())
+    held_out = request(pipe, "the digit seven moving left", seed=5)
+    wanted = run_latents(run_pipeline, pipe, held_out, lambda _: None)
+    even = dataclasses.replace(EVEN["fast"], speedup=2.5).schedule(pipe.transformer, range(STEPS, 0, -1))
+    assert sum(even.blocks) == sum(found.schedule.blocks)
+    assert error(pipe, wanted, found.schedule, held_out) < 0.9 * error(pipe, wanted, even, held_out)
+    assert type(pipe.transformer.runner) is Runner
+
+
+def test_a_search_that_was_stopped_goes_on(pipe: Any, tmp_path: Path) -> None:
+    requests = [request(pipe, prompt, steps=6) for prompt in ("the digit one moving up", "the digit two moving down")]
+    expected = find_schedule(pipe, requests, speedup=2)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int) -> None:
+        if done == 8:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        find_schedule(pipe, requests, speedup=2, state=tmp_path / "s.npz", on_step=stop)
+    assert type(pipe.transformer.runner) is Runner
+    seen: list[int] = []
+    assert find_schedule(pipe, requests, speedup=2, state=tmp_path / "s.npz", on_step=seen.append) == expected
+    assert len(seen) == 6 + 2 * 2 * 6  # the second request, and both tried with both forecasts
+    with pytest.raises(StepCacheError, match="another"):
+        find_schedule(pipe, requests[:1], speedup=2, state=tmp_path / "s.npz")
+    (tmp_path / "s.npz").write_bytes(b"no archive")
+    with pytest.raises(StepCacheError, match="remove it"):
+        find_schedule(pipe, requests, speedup=2, state=tmp_path / "s.npz")
+
+
+def test_dynamic_programming_finds_the_least_sum() -> None:
+    steps = 7
+    errors = np.random.default_rng(0).random((steps, steps))
+    weights = list(np.random.default_rng(1).random(steps))
+
+    def total(whole: set[int]) -> float:
+        kept, sum_ = 0, 0.0
+        for step in range(steps):
+            if step in whole:
+                kept = step
+            else:
+                sum_ += errors[kept, step] * weights[step]
+        return sum_
+
+    chosen, bounds = _choose(errors, weights)
+    every = [{0} | {step for step in range(1, steps) if bits >> step & 1} for bits in range(0, 2**steps, 2)]
+    for count in range(1, steps + 1):
+        least = min(total(whole) for whole in every if len(whole) == count)
+        assert bounds[count - 1] == pytest.approx(least)
+        assert total(set(chosen[count])) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("speedup", [1.0, 0.5, 100.0])
+def test_what_cannot_be_is_refused(pipe: Any, speedup: float) -> None:
+    with pytest.raises(StepCacheError, match="speedup"):
+        find_schedule(pipe, [request(pipe, "a", steps=6)], speedup=speedup)
+
+
+def test_the_command_writes_a_schedule_that_load_takes(tmp_path: Path) -> None:
+    out = tmp_path / "plan.toml"
+    arguments = ("tune", "steps", "tiny", "--steps", 6, "--speedup", 2, "--prompts", "the digit one moving up")
+    facts = report(run_cli(*arguments, "--out", out, "--json"))
+    made = read_schedule(out)
+    assert facts["speedup"] == made.speedup == 2
+    assert facts["error"] == made.error
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["plan.png", "plan.toml"]
+    assert cogx_fast.load("tiny", step_cache=out).runner.slots.reuse.strategy == Given(made)
