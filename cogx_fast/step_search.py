@@ -3,7 +3,7 @@
 A few videos are made whole. In each step, for a sample of the video's tokens, what the blocks added is kept; so for
 every pair of steps it is known how far the guided prediction of the later one is off when the earlier one's part stands
 in. How much of that reaches the final latents follows from the scheduler's noise levels. Dynamic programming finds the
-whole steps for which the sum of those errors is least; the schedule is then run, and it says the error that was measured.
+whole steps for which the sum of those errors is least; the schedule is then run, and holds the error that it made.
 """
 
 from __future__ import annotations
