@@ -5,7 +5,8 @@ from cogx_fast.loading import load
 from cogx_fast.pipelines import accelerate
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.package import load_package
+from cogx_fast.weights.lora import Lora
 
 __version__ = "0.1.0"  # the build reads this line
 
-__all__ = ["CompileConfig", "TransformerConfig", "__version__", "accelerate", "load", "load_package"]
+__all__ = ["CompileConfig", "Lora", "TransformerConfig", "__version__", "accelerate", "load", "load_package"]

@@ -56,6 +56,8 @@ class Setting:
     """Sparse attention, of our transformer alone: a built-in plan's name or a file."""
     step_cache: str | None = None
     """Which parts of steps are skipped, of our transformer alone: as ``load(step_cache=…)``."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """LoRA files and their weights, for our transformer alone."""
     quant: str | None = None
     """Quantization recipe, of our transformer alone."""
     offload: str | None = None
@@ -72,6 +74,7 @@ class Setting:
             ("attention", self.attention, "auto"),
             ("attention_plan", self.attention_plan, None),
             ("step_cache", self.step_cache, None),
+            ("loras", self.loras, ()),
             ("quant", self.quant, None),
         )
         for name, value, unset in options:
@@ -202,6 +205,7 @@ def open_pipeline(
             attention=setting.attention,
             attention_plan=setting.attention_plan,
             step_cache=setting.step_cache,
+            loras=setting.loras,
             compile=setting.compile,
             quant=setting.quant,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from cogx_fast.runtime.upstream import model_class
 from cogx_fast.weights.checkpoint import load_checkpoint
 from cogx_fast.weights.errors import CheckpointError
 from cogx_fast.weights.live import adopt, return_freed_memory
+from cogx_fast.weights.lora import LoraLike, Merge
 from cogx_fast.weights.sources import ConfigLike, resolve
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def load(
     compile: bool | CompileConfig = False,
     compile_cache: str | os.PathLike[str] | None = None,
     quant: str | os.PathLike[str] | Recipe | None = None,
+    loras: Sequence[LoraLike] = (),
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -87,6 +90,9 @@ def load(
             ``.toml`` file, or a ``quant.Recipe``. Files are quantized block by block as they are read; a live model
             keeps its own weights beside the quantized ones until it is dropped. Weights that are quantized already
             need none, and take no other than their own.
+        loras: LoRA files (``.safetensors``), merged into the weights in this order before they are quantized: each a
+            path, ``(path, weight)``, or a ``cogx_fast.Lora``, which can say its alpha (``weights.lora`` lists what is
+            read). Of a live model the merged weights are copies; its own stay as they are.
         revision: branch, tag or commit of a hub id.
         cache_dir: the hub's cache, if another than huggingface_hub's own.
         local_files_only: take a hub id from the cache only.
@@ -105,6 +111,7 @@ def load(
         StepCacheError: (a ValueError) a step schedule that is none, before anything is loaded, or another model's.
         PlanError: (a ValueError) an attention plan that is none, or another model's.
         ValueError: an attention backend that is not known or cannot run here; the message says what to do.
+        LoraError: (a ValueError) a LoRA file that is damaged, another model's, or of a kind that cannot be merged.
         QuantError: (a ValueError) a recipe that does not fit the model or cannot run here; before weights are read.
     """
     if compile_cache is not None and not compile:
@@ -124,6 +131,7 @@ def load(
         attention="flex" if attention == "auto" and attention_plan is not None else attention,  # it takes plans
         compiled=bool(compile),
         quant=quant,
+        loras=loras,
         revision=revision,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
@@ -159,13 +167,14 @@ def load_weights(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | int | None = None,
     quant: str | os.PathLike[str] | Recipe | None = None,
+    loras: Sequence[LoraLike] = (),
     check_finite: bool = False,
     **files: Any,
 ) -> CogVideoXModel:
     """``load`` up to where it is decided how the model runs.
 
     Args:
-        source, config, dtype, device, quant, check_finite: as of ``load``.
+        source, config, dtype, device, quant, loras, check_finite: as of ``load``.
         build: the class (``runtime.upstream.model_class``).
         attention: as of ``load``.
         compiled: "auto" times attention as it runs compiled.
@@ -186,7 +195,10 @@ def load_weights(
     if not isinstance(source, nn.Module | str | os.PathLike):
         raise CheckpointError(_not_a_source(source))
     home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
-    prepare = None if quant is None else partial(_prepare, recipe=quant, device=home)
+    merge = Merge(loras)
+    prepare = None
+    if quant is not None or loras:
+        prepare = partial(_prepare, merge=merge, recipe=quant, device=home)
     if isinstance(source, nn.Module):
         model = adopt(
             source, build, dtype=wanted, device=place, check_finite=check_finite, prepare=prepare, check=check_source
@@ -198,6 +210,7 @@ def load_weights(
         found = resolve(tiny_pipeline_dir() if source == "tiny" else source, config=config, **files)
         model = load_checkpoint(found, build, dtype=wanted, device=home, check_finite=check_finite, prepare=prepare)
         model.register_to_config(_name_or_path=str(source))
+    merge.check_done()
     model.eval()
     _set_attention(model, attention, compiled=compiled)
     if place is not None or not torch.accelerator.is_available():  # else it may be on its way to another device
@@ -205,16 +218,30 @@ def load_weights(
     return model
 
 
-def _prepare(model: CogVideoXModel, *, recipe: str | os.PathLike[str] | Recipe, device: torch.device) -> Finish:
-    """What quantizes each part of the model; by then it is sure that the recipe can be carried out."""
-    from quant.apply import plan, remember
+def _prepare(
+    model: CogVideoXModel,
+    *,
+    merge: Merge,
+    recipe: str | os.PathLike[str] | Recipe | None,
+    device: torch.device,
+) -> Finish:
+    """What is done to each part of the model, in this order: LoRAs are merged, then it is quantized.
 
-    planned = plan(model, recipe, device=device)
-    remember(model, planned.recipe)
+    By the time that this returns it is sure that both can be carried out.
+    """
+    merge.read(model.config)
+    planned = None
+    if recipe is not None:
+        from quant.apply import plan, remember
+
+        planned = plan(model, recipe, device=device)
+        remember(model, planned.recipe)
 
     def finish(part: nn.Module, name: str) -> None:
-        planned.apply(part, name, measure=False)
-        return_freed_memory()
+        merge.finish(part, name)
+        if planned is not None:
+            planned.apply(part, name, measure=False)
+            return_freed_memory()
 
     return finish
 

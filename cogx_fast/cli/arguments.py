@@ -62,6 +62,9 @@ def add_video(command: argparse.ArgumentParser) -> None:
         metavar="CACHE",
         help="skip parts of steps: quality, balanced, fast, teacache:0.2, mask:1,1,0,…, or the file of a schedule",
     )
+    command.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[=WEIGHT]", help="merge a LoRA file; may be given again"
+    )
 
 
 def add_offload(command: argparse._ActionsContainer) -> None:

@@ -41,6 +41,7 @@ class Task:
             "attention": self.setting.attention,
             "attention_plan": self.setting.attention_plan,
             "step_cache": self.setting.step_cache,
+            "loras": [list(each) for each in self.setting.loras],
             "quant": self.setting.quant,
             "steps": self.request.steps,
             "guidance": self.request.guidance,
@@ -90,6 +91,7 @@ def read_task(arguments: argparse.Namespace) -> Task:
             attention=arguments.attention,
             attention_plan=arguments.attention_plan,
             step_cache=arguments.step_cache,
+            loras=tuple(_lora(text) for text in arguments.lora),
             compile=device.type == "cuda" if arguments.compile is None else arguments.compile,
             offload=arguments.offload,
             vae_tiling=arguments.vae_tiling,
@@ -135,13 +137,24 @@ def change_task(task: Task, text: str, *, compile: bool | None = None) -> Task:
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"setting {text!r}: {key}: {error}") from None
     if settings.get("transformer") == generation.UPSTREAM:
-        ours = {"attention": "auto", "attention_plan": None, "step_cache": None}
+        ours = {"attention": "auto", "attention_plan": None, "step_cache": None, "loras": ()}
         settings = {"compile": bool(compile), **ours, **settings}
     try:
         setting = dataclasses.replace(task.setting, **settings)
     except ValueError as error:
         raise ValueError(f"setting {text!r}: {error}") from None
     return dataclasses.replace(task, setting=setting, request=dataclasses.replace(task.request, **requests))
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """A file, or file=weight."""
+    path, equals, weight = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise ValueError(f"--lora {text!r}: got {weight!r} for its weight, expected FILE or FILE=0.8") from None
 
 
 def name_dtype(dtype: torch.dtype) -> str:

@@ -34,8 +34,8 @@ _TORCH_HOOKS = {
 AFTERWARDS = "undo it, and attach it to the model that is returned (its blocks see one stream of text and video)"
 NOT_HERE = "use diffusers' own transformer with it"
 ADAPTERS = (
-    "adapters cannot be added to this model, whose projections are fused: load the LoRA into diffusers' pipeline, call "
-    "pipe.fuse_lora(), then cogx_fast.accelerate(pipe)"
+    "adapters cannot be added to this model, whose projections are fused: cogx_fast.accelerate(pipe, loras=[file]) or "
+    "load(..., loras=[file]) merges LoRA files; or load them into diffusers' pipeline and call pipe.fuse_lora() first"
 )
 _CHOOSE = f"choose a kernel with set_attention_backend, one of {', '.join(BACKENDS)}"
 _PROCESSORS = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")

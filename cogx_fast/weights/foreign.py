@@ -71,8 +71,9 @@ def refuse_foreign(found: Found, origin: str) -> None:
     adapters = [name for name in found if _ADAPTER.search(name)]
     if adapters:
         raise CheckpointError(
-            f"{origin}: holds adapter (LoRA) weights ({some(adapters, 2)}): fuse them into the model "
-            "(pipe.fuse_lora()) and unload the adapters (pipe.unload_lora_weights()) first, then save or load the model"
+            f"{origin}: holds adapter (LoRA) weights ({some(adapters, 2)}): load the model that they are for, with "
+            "loras=[this file]; or fuse them (pipe.fuse_lora()) and unload the adapters (pipe.unload_lora_weights()) "
+            "first, then save or load the model"
         )
     for pattern, library in _NAMES:
         named = [name for name in found if pattern.search(name)]

@@ -1,0 +1,322 @@
+"""LoRA files as they are found in the wild, read by what is in them, and merged into a model's weights.
+
+| writer | names | alpha |
+|---|---|---|
+| diffusers, PEFT, trainers | ``transformer.….lora_A.weight``, with or without the prefix | metadata, or none |
+| SAT (the original code) | ``….layers.0.attention.query_key_value.matrix_A.0`` | 1 |
+| VideoX-Fun, kohya's | ``lora_unet__transformer_blocks_0_attn1_to_q.lora_down.weight`` | a tensor, or none |
+
+Every tensor finds its place or is refused by name; nothing of a model is touched before all files are checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cogx_fast.config import TransformerConfig
+from cogx_fast.weights.checkpoint import put
+from cogx_fast.weights.errors import CheckpointError, some
+from cogx_fast.weights.layout import Slot, slots
+
+_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "model.", "module.")
+_HALF = re.compile(
+    r"(?P<module>.+?)\.(?:lora_(?P<half>A|B|down|up)|lora\.(?P<old>down|up))(?:\.(?!weight$)[^.]+)?\.weight"
+)
+_SAT = re.compile(
+    r"(?:.*\.)?layers\.(?P<layer>\d+)\.attention\.(?P<module>query_key_value|dense)\.matrix_(?P<half>[AB])\.(?P<index>\d+)"
+)
+_KOHYA = re.compile(r"lora_(?:unet|transformer)_+(?P<module>.+)")
+_NOT_CARRIED_OUT = (
+    (re.compile(r"lora_magnitude_vector|\.dora_scale"), "DoRA"),
+    (re.compile(r"^lora_te\d*_|^text_encoder"), "for the text encoder, which this package does not touch"),
+    (re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$|\.diff(_b)?$"), "with biases or whole differences"),
+    (re.compile(r"\.hada_|\.lokr_|\.oft_|\.lora_mid"), "LoHa, LoKr or OFT"),
+)
+
+
+class LoraError(CheckpointError):
+    """A LoRA file that cannot be merged into a model; the message names what, and says what to do."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A file, and how strongly it is merged."""
+
+    path: str | os.PathLike[str]
+    """A ``.safetensors`` file."""
+    weight: float = 1.0
+    """What the whole of it is multiplied by."""
+    alpha: float | None = None
+    """In place of what the file says: its scale is ``alpha / rank``."""
+
+
+LoraLike = Lora | str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+
+
+@dataclass
+class _Pair:
+    """The two halves for one linear."""
+
+    down: Tensor | None = None
+    """``(rank, in)``."""
+    up: Tensor | None = None
+    """``(out, rank)``."""
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is added to one of diffusers' weights: ``scale · up · down``."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+class Merge:
+    """Merges LoRA files into a model's weights, part by part.
+
+    Args:
+        loras: files, with their weights; none of them is read yet.
+
+    Raises:
+        LoraError: (a ValueError) something among them is no LoRA.
+    """
+
+    def __init__(self, loras: Sequence[LoraLike]) -> None:
+        if isinstance(loras, str | os.PathLike):
+            raise LoraError(f"loras is {loras!r}, expected a list: loras=[{loras!r}]")
+        self.loras = [as_lora(each) for each in loras]
+        self._slots: dict[str, Slot] = {}
+        self._deltas: dict[str, list[Delta]] = {}
+        self._merged: set[str] = set()
+
+    def read(self, config: TransformerConfig) -> None:
+        """Read the files and check them against a configuration.
+
+        Raises:
+            LoraError: (a ValueError) one is damaged, or for another model, or holds what cannot be merged.
+            FileNotFoundError: it is not there.
+        """
+        self._slots = slots(config)
+        names = (name for name, slot in self._slots.items() if name.endswith(".weight") and len(slot.shape) > 1)
+        linears = {name.removesuffix(".weight"): self._slots[name] for name in names}
+        for lora in self.loras:
+            for name, delta in _read(lora, linears).items():
+                self._deltas.setdefault(f"{name}.weight", []).append(delta)
+
+    def check_done(self) -> None:
+        """See that all that was read has been merged.
+
+        Raises:
+            LoraError: (a ValueError) it was not, since the weights were quantized already.
+        """
+        left = sorted(self._deltas.keys() - self._merged)
+        if left:
+            raise LoraError(
+                f"LoRAs cannot be merged into weights that are quantized already ({some(left, 2)}): give the original "
+                "weights, loras=... and quant=... together"
+            )
+
+    def finish(self, part: nn.Module, name: str) -> None:
+        """Merge into a part of the model whose weights are there (``checkpoint.Finish``); they are replaced.
+
+        Sums are in fp32, and rounded once.
+        """
+        mine = [self._slots[each] for each in self._deltas if self._slots[each].our_name.startswith(f"{name}.")]
+        for our_name in dict.fromkeys(slot.our_name for slot in mine):
+            inside = our_name.removeprefix(f"{name}.")
+            path, _, leaf = inside.rpartition(".")
+            old: Any = part.get_submodule(path)._parameters[leaf]
+            merged = old.detach().clone()
+            for slot in mine:
+                if slot.our_name == our_name:
+                    self._add(slot, slot.view(merged))
+                    self._merged.add(slot.name)
+            put(part, inside, merged, requires_grad=old.requires_grad)
+
+    @torch.no_grad()
+    def _add(self, slot: Slot, weight: Tensor) -> None:
+        total = weight.float().flatten(1)
+        for delta in self._deltas[slot.name]:
+            up, down = (half.to(weight.device, torch.float32) for half in (delta.up, delta.down))
+            total += delta.scale * (up @ down)
+        weight.copy_(total.view(weight.shape))
+
+
+def as_lora(value: LoraLike) -> Lora:
+    """A ``Lora`` from itself, a path, or a path and a weight.
+
+    Raises:
+        LoraError: it is none.
+    """
+    if isinstance(value, tuple) and len(value) == 2:
+        value = Lora(*value)
+    elif isinstance(value, str | os.PathLike):
+        value = Lora(value)
+    if not isinstance(value, Lora) or not isinstance(value.path, str | os.PathLike):  # type: ignore[redundant-expr]
+        raise LoraError(f"got {value!r} for a LoRA, expected a file, (file, weight), or a Lora")
+    if isinstance(value.weight, bool) or not isinstance(value.weight, int | float):
+        raise LoraError(f"{value.path}: its weight is {value.weight!r}, expected a number")
+    return value
+
+
+def _read(lora: Lora, linears: Mapping[str, Slot]) -> dict[str, Delta]:
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(lora.path)
+    if not path.is_file():
+        raise FileNotFoundError(f"LoRA file {str(path)!r} is not there")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (SafetensorError, OSError) as error:
+        raise LoraError(
+            f"{path}: cannot be read as a .safetensors file ({error}): download it again; pickled ones (.bin, .pt) are "
+            "not read, since reading them can run any code"
+        ) from None
+    pairs, is_sat = _pairs(tensors, linears, path)
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise LoraError(f"{path}: infinite or NaN values in {some(bad)}: download it again")
+    alphas = _alphas(metadata, path)
+    found: dict[str, Delta] = {}
+    assumed: set[int] = set()
+    for name, pair in pairs.items():
+        down, up = _halves(name, pair, linears[name], path)
+        rank = down.shape[0]
+        alpha = lora.alpha if lora.alpha is not None else pair.alpha
+        if alpha is None:
+            alpha = 1.0 if is_sat else alphas(name)
+        if alpha is None:
+            assumed.add(rank)
+            alpha = float(rank)
+        found[name] = Delta(down, up, lora.weight * alpha / rank)
+    if assumed:
+        ranks = ", ".join(map(str, sorted(assumed)))
+        warnings.warn(
+            f"{path}: says no alpha; it is taken to be the rank ({ranks}), as diffusers takes it. Trainers that use "
+            "another (CogKit and zai-org's: 64 at rank 128) need cogx_fast.Lora(path, weight, alpha=64)",
+            stacklevel=2,
+        )
+    return found
+
+
+def _pairs(tensors: Mapping[str, Tensor], linears: Mapping[str, Slot], path: Path) -> tuple[dict[str, _Pair], bool]:
+    """Both halves of each linear by diffusers' name, and whether they are in the original code's layout."""
+    for pattern, what in _NOT_CARRIED_OUT:
+        named = [name for name in tensors if pattern.search(name)]
+        if named:
+            raise LoraError(
+                f"{path}: holds adapters {what} ({some(named, 2)}): load it with diffusers and fuse it there"
+            )
+    by_flat_name = {name.replace(".", "_"): name for name in linears}
+    pairs: dict[str, _Pair] = {}
+    lost: list[str] = []
+    is_sat = False
+    for name, tensor in tensors.items():
+        place = _place(name, linears, by_flat_name)
+        if place is None:
+            lost.append(name)
+            continue
+        module, half = place
+        is_sat = is_sat or ".matrix_" in name
+        pair = pairs.setdefault(module, _Pair())
+        if half == "alpha":
+            pair.alpha = float(tensor)
+        elif half == "down":
+            pair.down = tensor
+        else:
+            pair.up = tensor
+    if lost or not pairs:
+        what = f"{len(lost)} of its {len(tensors)} tensors have no place in this model: {some(lost)}"
+        raise LoraError(
+            f"{path}: {what if lost else 'holds no tensors'}. Is it a LoRA of another model? Nothing of it is merged"
+        )
+    return pairs, is_sat
+
+
+def _place(name: str, linears: Mapping[str, Slot], by_flat_name: Mapping[str, str]) -> tuple[str, str] | None:
+    """The linear that a tensor is for, and which half it is: "down", "up" or "alpha"."""
+    if (sat := _SAT.fullmatch(name)) is not None:
+        block, index = f"transformer_blocks.{sat['layer']}.attn1", int(sat["index"])
+        names = ("to_q", "to_k", "to_v") if sat["module"] == "query_key_value" else ("to_out.0",)
+        module = f"{block}.{names[index]}" if index < len(names) else ""
+        return (module, "down" if sat["half"] == "A" else "up") if module in linears else None
+    if name.endswith(".alpha"):
+        module, half = name.removesuffix(".alpha"), "alpha"
+    elif (match := _HALF.fullmatch(name)) is not None:
+        module = match["module"]
+        half = "down" if (match["half"] or match["old"]) in ("A", "down") else "up"
+    else:
+        return None
+    changed = True
+    while changed and module not in linears:
+        bare = next((module.removeprefix(each) for each in _PREFIXES if module.startswith(each)), module)
+        changed, module = bare != module, bare
+    if module not in linears and (kohya := _KOHYA.fullmatch(module)) is not None:
+        module = by_flat_name.get(kohya["module"], "")
+    if module not in linears and f"{module}.0" in linears:  # attn1.to_out of older writers
+        module = f"{module}.0"
+    return (module, half) if module in linears else None
+
+
+def _halves(name: str, pair: _Pair, slot: Slot, path: Path) -> tuple[Tensor, Tensor]:
+    if pair.down is None or pair.up is None:
+        which = "down (A)" if pair.down is None else "up (B)"
+        raise LoraError(f"{path}: {name} has no {which} half: the file is not whole, download it again")
+    shapes = tuple(pair.down.shape), tuple(pair.up.shape)
+    rows, columns = slot.shape[0], slot.numel // slot.shape[0]
+    is_matrix = pair.down.dim() == pair.up.dim() == 2
+    if not is_matrix or pair.down.shape[1] != columns or pair.up.shape[0] != rows or shapes[0][0] != shapes[1][1]:
+        raise LoraError(
+            f"{path}: {name} is {rows} × {columns} here, but its halves are {shapes[0]} and {shapes[1]}, expected "
+            f"(rank, {columns}) and ({rows}, rank): it is a LoRA of another model"
+        )
+    if shapes[0][0] == 0:
+        raise LoraError(f"{path}: {name} has rank 0")
+    return pair.down, pair.up
+
+
+def _alphas(metadata: Mapping[str, str], path: Path) -> Callable[[str], float | None]:
+    """A linear's alpha by what the file's metadata says: PEFT's configuration, by diffusers or by finetrainers."""
+    texts = [metadata[key] for key in ("lora_adapter_metadata", "lora_config") if key in metadata]
+    if not texts:
+        return lambda name: None
+    try:
+        held: Any = json.loads(texts[0])
+        held = held if isinstance(held, dict) else {}
+        if isinstance(held.get("transformer"), dict):
+            held = held["transformer"]
+        own = {key.removeprefix("transformer."): value for key, value in held.items() if not key.startswith("text_")}
+        alpha = own.get("lora_alpha")
+        patterns = dict(own.get("alpha_pattern") or {})
+        numbers = [value for value in (alpha, *patterns.values()) if value is not None]
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
+            raise ValueError(f"lora_alpha is {alpha!r}")
+    except (ValueError, TypeError) as error:
+        raise LoraError(f"{path}: its metadata cannot be read ({error}): give Lora(path, weight, alpha=...)") from None
+    if own.get("use_dora") or own.get("use_rslora"):
+        raise LoraError(f"{path}: its metadata says DoRA or rsLoRA: load it with diffusers and fuse it there")
+
+    def alpha_of(name: str) -> float | None:
+        for pattern, value in patterns.items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", name):
+                return float(value)
+        return None if alpha is None else float(alpha)
+
+    return alpha_of
+
+
+__all__ = ["Lora", "LoraError", "LoraLike", "Merge", "as_lora"]
