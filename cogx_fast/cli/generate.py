@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogx_fast.cli.arguments import MODEL_HELP, add_command, add_video
 from cogx_fast.cli.output import note, quiet_bars, warn
-from cogx_fast.cli.task import name_dtype, read_task
+from cogx_fast.cli.task import read_task
 from cogx_fast.optional import require
 from cogx_fast.terminal import Progress
 
@@ -53,14 +53,10 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     report = {
         "out": str(out),
         **{"model": arguments.model, "pipeline_class": model.pipeline_class},
-        **{"prompt": request.prompt, "negative_prompt": request.negative_prompt, "guidance": request.guidance},
-        **{"seed": request.seed, "steps": request.steps},
+        **{"prompt": request.prompt, "negative_prompt": request.negative_prompt},
+        **task.facts(pipe),
         **{"frames": len(run.frames), "height": request.size.height, "width": request.size.width, "fps": task.fps},
-        **{
-            "device": str(device),
-            "dtype": name_dtype(pipe.transformer.dtype),
-            "compiled": generation.is_compiled(pipe),
-        },
+        "device": str(device),
         "seconds": _seconds(run, load_seconds, compilation.seconds),
         **{"graphs": compilation.graphs, "breaks": compilation.breaks, "recompiles": compilation.recompiles},
         "warnings": notes,
