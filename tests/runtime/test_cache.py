@@ -166,7 +166,7 @@ def test_weights_may_be_told_after_loading_that_they_need_no_gradients(bundle: t
     from torch._inductor.utils import fresh_cache
 
     with fresh_cache(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         warm = cogx_fast.load(make().requires_grad_(True), compile=True, compile_cache=bundle[0]).requires_grad_(False)
         counters.clear()
         with torch.no_grad():
