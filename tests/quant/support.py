@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -26,24 +25,10 @@ def assert_same_weight(one: Tensor, other: Tensor) -> None:
         assert torch.equal(bits(part), bits(second.parts[name])), name
 
 
-def products_of_this_cpu() -> AbstractContextManager[object]:
-    """Where torch's own fp8 product fails, it is computed as on the CPU that oneDNN was told of.
+def without_onednn() -> AbstractContextManager[object]:
+    """Products by torch's own code.
 
-    torch gives a product with one scale for each tensor to oneDNN where cpuinfo sees AMX; oneDNN needs AVX512-FP16 for
-    it, which every CPU with AMX has, and which ONEDNN_MAX_CPU_ISA may keep from oneDNN alone. A CPU without AMX takes
-    torch's product in fp32, which is what torch takes without oneDNN.
+    oneDNN's of fp8 weights with one scale, which torch takes where cpuinfo sees AMX, is a loop (400 times the time),
+    and fails where ONEDNN_MAX_CPU_ISA hides AVX512-FP16 from oneDNN alone.
     """
-    return nullcontext() if _has_fp8_product() else torch.backends.mkldnn.flags(enabled=False)
-
-
-@functools.cache
-def _has_fp8_product() -> bool:
-    torch.cpu.get_capabilities()  # cpuinfo answers no to everything until something has asked for all it knows
-    factor, one = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(())
-    try:
-        torch._scaled_mm(factor, factor.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
-    except RuntimeError as error:
-        if "primitive descriptor" not in str(error):
-            raise
-        return False
-    return True
+    return torch.backends.mkldnn.flags(enabled=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quant import storage
 from quant.errors import QuantError
-from tests.quant.support import assert_same_weight, bits, products_of_this_cpu
+from tests.quant.support import assert_same_weight, bits, without_onednn
 
 ROWS, COLUMNS = 96, 64
 
@@ -89,7 +89,7 @@ def test_round_trip_is_bit_exact_and_copies_nothing(scheme):
     own = storage.flatten(restored).parts
     assert all(own[name].data_ptr() == part.data_ptr() for name, part in flat.parts.items())
     x = torch.randn(4, COLUMNS).bfloat16()
-    with products_of_this_cpu():
+    with without_onednn():
         assert torch.equal(nn.functional.linear(x, restored), nn.functional.linear(x, weight))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import cogx_fast
 import quant
 from cogx_fast.weights.errors import CheckpointError
-from tests.quant.support import products_of_this_cpu
+from tests.quant.support import without_onednn
 from tests.support import inputs, pipeline_rotary, small, upstream
 
 RECIPES = ["int8-weight-only", "int8-dynamic", "fp8-weight-only", "fp8-dynamic", "fp8-dynamic-tensor", "int4-unpacked"]
@@ -52,7 +52,7 @@ def by_hand(recipe: str, weight: torch.Tensor) -> torch.Tensor:
 def call(model: Any, config: Any) -> torch.Tensor:
     arguments = inputs(config, dtype=model.proj_out.weight.dtype)
     arguments["image_rotary_emb"] = pipeline_rotary(config, arguments["hidden_states"])
-    with torch.no_grad(), products_of_this_cpu():
+    with torch.no_grad(), without_onednn():
         return model(**arguments, return_dict=False)[0]
 
 
