@@ -9,6 +9,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,3 +47,24 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
+
+
+_processor_seconds: dict[str, float] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    """Count each test's processor time, that of its processes too."""
+    start = os.times()
+    done = yield
+    _processor_seconds[item.nodeid] = sum(os.times()[:4]) - sum(start[:4])
+    return done
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the tests that took the most of it: the whole suite has half an hour of two cores."""
+    if not _processor_seconds:
+        return
+    terminalreporter.section(f"{sum(_processor_seconds.values()):.0f} processor seconds")
+    for name, seconds in sorted(_processor_seconds.items(), key=lambda item: -item[1])[:10]:
+        terminalreporter.write_line(f"{seconds:6.1f}  {name.rpartition('/')[2]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import tempfile
 from collections import Counter
@@ -15,6 +16,7 @@ import torch
 import cogx_fast
 from benchmarks.standin import journal
 from benchmarks.standin.journal import Journal
+from cogx_fast.config import PRESETS
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.support import inputs, small
@@ -25,6 +27,8 @@ TENSOR_CARDS = EVERY_CARD[1:]
 """With bf16 products and flash attention: compute capability 8.0 and more."""
 FAST = CompileConfig(mode="default")
 """Compiled without timing candidates, which is most of the time that compiling takes."""
+FEW_CANDIDATES = {"test_configs.max_mm_configs": 2}
+"""Options of a mode that times: of what Triton would try, so many for each product. The library's stay."""
 BLOCK_PRODUCTS = 4
 """Of a block: query, key and value; attention's output; the feed-forward's two."""
 
@@ -42,6 +46,13 @@ def model(
         checkpoint(Path(folder), preset, **(sizes or {}))
         made = cogx_fast.load(folder, device=device, dtype=dtype, **{"attention": "sdpa", **options})
     return made.requires_grad_(False)
+
+
+def full_width(preset: str = "5b", *, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16) -> CogVideoXModel:
+    """A released model with one layer, its values unset."""
+    with torch.device("meta"):
+        made = CogVideoXModel(dataclasses.replace(PRESETS[preset], num_layers=1), attention=attention)
+    return made.to(dtype).to_empty(device="cuda").eval().requires_grad_(False)
 
 
 def checkpoint(folder: Path, preset: str = "5b", **changes: Any) -> Path:

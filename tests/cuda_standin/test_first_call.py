@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.standin import journal
+from cogx_fast.bench import call_arguments
+from cogx_fast.costs import count_tokens, default_video
+from cogx_fast.runtime.compile import compile_model
 from cogx_fast.runtime.watch import watch_compilation
 from tests.cuda_standin.device import (
     BLOCK_PRODUCTS,
@@ -13,6 +17,7 @@ from tests.cuda_standin.device import (
     TENSOR_CARDS,
     attention_kernels,
     call,
+    full_width,
     model,
     products,
 )
@@ -64,8 +69,9 @@ def test_turing_compiles_fp16():
 @pytest.mark.parametrize("preset", ["2b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
 @pytest.mark.cards("h100")
 def test_the_other_variants_run_eager_and_compiled(preset):
-    eager = call(model(preset))
-    compiled_model = model(preset, compile=FAST)
+    dtype = torch.float16 if preset == "2b" else torch.bfloat16  # as they were released
+    eager = call(model(preset, dtype=dtype))
+    compiled_model = model(preset, dtype=dtype, compile=FAST)
     with watch_compilation() as stats:
         call(compiled_model)
         compiled = call(compiled_model, batch=1)
@@ -73,6 +79,25 @@ def test_the_other_variants_run_eager_and_compiled(preset):
     assert attention_kernels(eager) == attention_kernels(compiled)
     assert products(eager) == products(compiled) == LAYERS * BLOCK_PRODUCTS
     assert set(compiled.triton.values()) == {LAYERS}
+
+
+@pytest.mark.cards(*EVERY_CARD)
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_a_layer_of_5b_at_its_own_size_compiles(attention):
+    dtype = torch.float16 if torch.cuda.get_device_capability()[0] < 8 else torch.bfloat16
+    compiled = full_width("5b", attention=attention, dtype=dtype)
+    compile_model(compiled, FAST)
+    tokens = count_tokens(compiled.config, default_video(compiled.config))
+    given = call_arguments(compiled.config, tokens, 2, dtype, torch.device("cuda"))
+    with torch.no_grad(), watch_compilation() as stats:
+        compiled(**given)
+        journal.clear()
+        compiled(**given)
+    done = journal.read()
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert sum(attention_kernels(done).values()) == 1
+    assert ("flex" in attention_kernels(done)) == (attention == "flex")
+    assert set(done.triton.values()) == {1}
 
 
 @pytest.mark.cards(*EVERY_CARD)

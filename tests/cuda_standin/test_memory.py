@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+import cogx_fast
 from benchmarks.standin import journal
 from cogx_fast.bench import call_arguments
 from cogx_fast.config import PRESETS, TransformerConfig
 from cogx_fast.costs import count_tokens, default_video
 from cogx_fast.runtime.compile import compile_model
 from cogx_fast.runtime.module import CogVideoXModel
-from tests.cuda_standin.device import FAST, GIB, attention_kernels, peak_bytes
+from tests.cuda_standin.device import FAST, GIB, attention_kernels, checkpoint, peak_bytes
 from tests.support import RELEASED
 
 LAYERS = 2
@@ -106,6 +107,25 @@ def test_the_released_weights_fit_or_are_out_of_memory_in_torchs_own_words():
         torch.cuda.empty_cache()
 
 
+@pytest.mark.cards("rtx4060", "rtx3060", "t4", "rtx4090")
+@pytest.mark.parametrize("preset", ["2b", "5b", "1.5-5b"])
+def test_a_smaller_card_has_room_for_a_step_where_diffusers_has(preset):
+    dtype = torch.float16 if os.environ["STANDIN_CARD"] == "t4" else torch.bfloat16
+    config = dataclasses.replace(PRESETS[preset], num_layers=LAYERS)
+    given = arguments(config, dtype)
+    peaks = []
+    for make in (theirs, ours):
+        try:
+            peaks.append(step_peak(make(config, dtype, *(["sdpa"] if make is ours else [])), given))
+        except torch.OutOfMemoryError as error:
+            peaks.append(None)
+            assert f"GPU 0 has a total capacity of {CARD_GIB[os.environ['STANDIN_CARD']]}" in str(error)
+        gc.collect()
+        assert torch.cuda.memory_allocated() < GIB, "an error leaves nothing behind"
+    their_peak, peak = peaks
+    assert their_peak is None or (peak is not None and peak <= their_peak), f"bytes: {peak}, diffusers {their_peak}"
+
+
 @pytest.mark.cards("rtx4090", "h100")
 def test_5b_at_its_own_size_steps_within_24_gib():
     model = ours(PRESETS["5b"])
@@ -114,3 +134,14 @@ def test_5b_at_its_own_size_steps_within_24_gib():
         model(**given, return_dict=False)
     assert attention_kernels(journal.read()) == {"flash": PRESETS["5b"].num_layers}
     assert peak[0] < 4 * GIB
+
+
+@pytest.mark.cards("h100")
+@pytest.mark.parametrize("recipe", [None, "fp8-dynamic"])
+def test_loading_to_the_device_needs_little_more_than_the_weights(tmp_path, recipe):
+    path = checkpoint(tmp_path, "5b", num_attention_heads=16, num_layers=8)
+    with peak_bytes() as peak:
+        model = cogx_fast.load(path, device="cuda", dtype="bf16", attention="sdpa", quant=recipe)
+    bytes_of = [tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()]
+    held = torch.cuda.memory_allocated()
+    assert peak[0] <= held + 4 * max(bytes_of), f"{peak[0] / held:.2f} of the weights"

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from benchmarks.standin import journal
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.watch import watch_compilation
-from tests.cuda_standin.device import FAST, attention_kernels, call, model
+from tests.cuda_standin.device import FAST, FEW_CANDIDATES, attention_kernels, call, model
 from tests.support import inputs
 
 LAYERS = 2
+
+
+def timed(scope: Any, mode: str) -> CompileConfig:
+    return CompileConfig(scope=scope, mode=mode, options=FEW_CANDIDATES if "autotune" in mode else {})
 
 
 @pytest.mark.cards("h100", "rtx3060")
 @pytest.mark.parametrize("scope", ["block", "model"])
 @pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
 def test_a_mode_without_cuda_graphs(scope, mode):
-    compiled = model("5b", compile=CompileConfig(scope=scope, mode=mode))
+    compiled = model("5b", compile=timed(scope, mode))
     with watch_compilation() as stats:
         done = [call(compiled, batch=batch) for batch in (2, 2, 1, 4)]
     assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
@@ -30,7 +36,7 @@ def test_a_mode_without_cuda_graphs(scope, mode):
 @pytest.mark.cards("h100", "a100")
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_cuda_graphs_are_recorded_once_and_replayed(mode):
-    compiled = model("5b", compile=CompileConfig(scope="model", mode=mode))
+    compiled = model("5b", compile=timed("model", mode))
     arguments = inputs(compiled.config, dtype=torch.bfloat16, device="cuda")
     outputs, done = [], []
     with torch.no_grad(), watch_compilation() as stats:
@@ -63,8 +69,9 @@ def test_cuda_graphs_of_several_batches_and_after_a_move():
 
 
 @pytest.mark.cards("h100")
-def test_twenty_four_sizes_share_a_graph():
-    compiled = model("5b", compile=FAST)
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_twenty_four_sizes_share_a_graph(scope):
+    compiled = model("5b", compile=CompileConfig(scope=scope, mode="default"))
     sizes = [(frames, height, width) for frames in (1, 2, 4, 7) for height in (8, 12, 20) for width in (10, 16)]
     assert len(sizes) == 24
     with watch_compilation() as stats:

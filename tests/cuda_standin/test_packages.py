@@ -12,7 +12,7 @@ import torch
 
 import cogx_fast
 from cogx_fast.runtime.package import SizeRange, export_package, load_package
-from tests.cuda_standin.device import FAST, attention_kernels, call, checkpoint
+from tests.cuda_standin.device import FAST, FEW_CANDIDATES, attention_kernels, call, checkpoint
 
 LAYERS = 2
 
@@ -20,7 +20,7 @@ _START = """
 import json, sys, warnings
 import torch, cogx_fast
 from torch._dynamo.utils import counters
-from tests.cuda_standin.device import FAST, attention_kernels, call
+from tests.cuda_standin.device import FAST, FEW_CANDIDATES, attention_kernels, call
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     model = cogx_fast.load(sys.argv[1], device=sys.argv[3], dtype="bf16", attention="sdpa", compile=FAST,
@@ -60,10 +60,12 @@ def test_a_bundle_made_here_starts_another_process_warm(tmp_path):
 
 
 @pytest.mark.cards("h100", "rtx4090")
-def test_a_package_runs_on_the_device_it_was_made_on(tmp_path):
-    checkpoint(tmp_path / "model")
-    model = cogx_fast.load(tmp_path / "model", device="cuda", dtype=torch.bfloat16, attention="sdpa")
-    export_package(model, tmp_path / "x.pt2", SizeRange(tokens=(8, 4000), batch=4))
+@pytest.mark.parametrize(("attention", "recipe"), [("sdpa", None), ("flex", "fp8-dynamic")])
+def test_a_package_runs_on_the_device_it_was_made_on(tmp_path, attention, recipe):
+    checkpoint(tmp_path / "model", num_attention_heads=3)
+    model = cogx_fast.load(tmp_path / "model", device="cuda", dtype=torch.bfloat16, attention=attention, quant=recipe)
+    with torch._inductor.config.patch(FEW_CANDIDATES):
+        export_package(model, tmp_path / "x.pt2", SizeRange(tokens=(8, 4000), batch=4))
     packaged = load_package(tmp_path / "x.pt2", tmp_path / "model", device="cuda")
     for batch in (2, 1, 4):
         done = call(packaged, batch=batch)

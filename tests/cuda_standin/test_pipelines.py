@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from typing import Any
 
@@ -10,21 +11,31 @@ import torch
 
 import cogx_fast
 from benchmarks.standin import journal
+from cogx_fast.config import TransformerConfig
 from cogx_fast.costs import VideoSize
 from cogx_fast.generation import Setting, is_compiled, open_pipeline
 from cogx_fast.locate import locate_pipeline
+from cogx_fast.runtime.attached import AttachedError
+from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.watch import watch_compilation
 from tests import pipes
-from tests.cuda_standin.device import FAST, attention_kernels
+from tests.cuda_standin.device import FAST, attention_kernels, peak_bytes
 from tests.pipes import FRAMES, HEIGHT, KINDS, WIDTH, make_pipe
+from tests.support import upstream
 
 LAYERS, STEPS, MIB = 2, 2, 1024**2
 
 
-def pipeline(kind: str = "CogVideoXPipeline", preset: str = "5b") -> Any:
-    """A small pipeline in bf16, with parts of its own, since hooks stay on them."""
+def pipeline(
+    kind: str = "CogVideoXPipeline", preset: str = "5b", dtype: torch.dtype = torch.bfloat16, **sizes: int
+) -> Any:
+    """A small pipeline, with parts of its own, since hooks stay on them; ``sizes`` are those of its transformer."""
     pipes._frozen_parts.cache_clear()
-    return with_timesteps_on_the_cpu(make_pipe(kind, preset).to(torch.bfloat16))
+    pipe = make_pipe(kind, preset)
+    if sizes:
+        config = TransformerConfig.from_dict(dict(pipe.transformer.config))
+        pipe.transformer = upstream(dataclasses.replace(config, **sizes))
+    return with_timesteps_on_the_cpu(pipe.to(dtype))
 
 
 def with_timesteps_on_the_cpu(pipe: Any) -> Any:
@@ -99,6 +110,57 @@ def test_placed_after_accelerate(order, compile):
     assert sum(attention_kernels(done).values()) == STEPS * LAYERS, "the kernel was chosen for the CPU"
     assert stats.recompiles == 0
     assert bool(done.triton) is bool(compile)
+
+
+@pytest.mark.cards("t4", "a100", "rtx3060", "rtx4060", "rtx4090", "b200")
+def test_accelerated_on_every_card():
+    preset, dtype = ("2b", torch.float16) if torch.cuda.get_device_capability()[0] < 8 else ("5b", torch.bfloat16)
+    pipe = cogx_fast.accelerate(pipeline(preset=preset, dtype=dtype), attention="auto", compile=FAST)
+    pipe.enable_model_cpu_offload()
+    generate(pipe)
+    done = generate(pipe)
+    assert done.triton
+    assert sum(attention_kernels(done).values()) == STEPS * LAYERS
+
+
+@pytest.mark.cards("h100")
+def test_a_pipeline_replays_cuda_graphs():
+    pipe = cogx_fast.accelerate(
+        pipeline().to("cuda"), attention="sdpa", compile=CompileConfig(scope="model", mode="reduce-overhead")
+    )
+    done = [generate(pipe) for _ in range(3)][-1]
+    assert len(done.replays) == STEPS
+    assert not done.triton
+
+
+@pytest.mark.cards("h100")
+def test_what_moves_weights_inside_compiled_code_is_refused_with_words():
+    pipe = pipeline()
+    group_offload(pipe)
+    with pytest.raises(AttachedError, match=r"call accelerate before enabling .* group offloading"):
+        cogx_fast.accelerate(pipe)
+    pipe = pipeline()
+    pipe.enable_sequential_cpu_offload()
+    with pytest.raises(AttachedError, match=r"enable_model_cpu_offload\(\)"):
+        cogx_fast.accelerate(pipe, compile=FAST)
+    pipe = cogx_fast.accelerate(pipeline(), compile=FAST)
+    pipe.enable_sequential_cpu_offload()
+    with pytest.raises(AttachedError, match=r"enable_model_cpu_offload\(\)"):
+        generate(pipe)
+
+
+@pytest.mark.cards("h100")
+@pytest.mark.parametrize("recipe", [None, "fp8-dynamic"])
+def test_accelerating_on_the_device_needs_little_more_than_the_weights(recipe):
+    pipe = pipeline(num_attention_heads=16, num_layers=8).to("cuda")
+    held = torch.cuda.memory_allocated()
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in pipe.transformer.state_dict().values())
+    with peak_bytes() as peak:
+        cogx_fast.accelerate(pipe, attention="sdpa", quant=recipe)
+    gc.collect()
+    assert peak[0] < 0.3 * weights, f"{peak[0] / weights:.2f} of the weights on top of them"
+    now = torch.cuda.memory_allocated() - held
+    assert now < (0.01 if recipe is None else -0.3) * weights
 
 
 @pytest.mark.cards("h100")
