@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 import cogx_fast
+from cogx_fast.config import PRESETS
+from cogx_fast.costs import count_tokens, default_video
+from cogx_fast.runtime import choice
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.plan import choose_plan
 from cogx_fast.runtime.watch import watch_compilation
-from tests.cuda_standin.device import FAST, TENSOR_CARDS, attention_kernels, call, model
+from tests.cuda_standin.device import FAST, GIB, TENSOR_CARDS, attention_kernels, call, model
 
 LAYERS = 2
 KERNELS = {"sdpa-cudnn": "cudnn", "sdpa-flash": "flash", "sdpa-efficient": "efficient"}
@@ -109,21 +114,38 @@ def test_auto_on_turing_takes_what_runs_there():
     assert sum(attention_kernels(call(chosen)).values()) == LAYERS
 
 
-@pytest.mark.cards("rtx4060", "rtx3060")
-def test_auto_at_a_models_own_size_leaves_nothing_in_a_small_cards_memory():
-    import gc
-
-    from cogx_fast.config import PRESETS
-    from cogx_fast.costs import count_tokens, default_video
-    from cogx_fast.runtime.choice import choose_attention
-
+def at_5bs_own_size() -> choice.Choice:
     config = PRESETS["5b"]
     shape = (2, count_tokens(config, default_video(config)).joint, config.num_attention_heads, 64)
+    return choice.choose_attention(shape, torch.bfloat16, torch.device("cuda"), compiled=False)
+
+
+@pytest.mark.cards("rtx4060", "rtx3060")
+def test_auto_at_a_models_own_size_leaves_nothing_in_a_small_cards_memory():
     held = torch.cuda.memory_allocated()
-    choice = choose_attention(shape, torch.bfloat16, torch.device("cuda"), compiled=False)
-    assert set(choice.milliseconds) == {"sdpa-cudnn", "sdpa-flash"}, choice.reason
+    chosen = at_5bs_own_size()
+    assert set(chosen.milliseconds) == {"sdpa-cudnn", "sdpa-flash"}, chosen.reason
     gc.collect()
     assert torch.cuda.memory_allocated() == held
+
+
+@pytest.mark.cards("rtx4060")
+def test_auto_measures_again_where_memory_was_taken_while_it_measured(monkeypatch):
+    taken = []
+
+    def take(device: torch.device) -> None:
+        torch.cuda.empty_cache()
+        if not taken:
+            taken.append(torch.empty(7 * GIB, dtype=torch.uint8, device=device))
+
+    monkeypatch.setattr(choice, "drop_garbage", take)
+    chosen = at_5bs_own_size()
+    assert len(chosen.milliseconds) == 1
+    assert "failed (out of memory at that moment)" in chosen.reason
+    taken[:] = [None]  # free, and taken no more
+    chosen = at_5bs_own_size()
+    assert chosen.reason.startswith("measured")
+    assert set(chosen.milliseconds) == {"sdpa-cudnn", "sdpa-flash"}
 
 
 @pytest.mark.cards("h100")
