@@ -44,6 +44,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     journal.clear()
     yield
+    assert torch.cuda.current_device() == 0, "something made another device the current one"
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()

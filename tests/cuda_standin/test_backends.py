@@ -26,14 +26,16 @@ def test_a_pinned_backend_runs_its_kernel(backend):
     assert attention_kernels(call(model("5b", attention=backend))) == {KERNELS[backend]: LAYERS}
 
 
-@pytest.mark.cards("h100")
-@pytest.mark.parametrize("backend", KERNELS)
-def test_a_pinned_backend_runs_its_kernel_compiled(backend):
-    compiled = model("5b", attention=backend, compile=FAST)
+@pytest.mark.cards("a100", "rtx4090", "h100", "b200")
+@pytest.mark.parametrize("backend", ["sdpa", *KERNELS])
+def test_every_batch_is_one_graph_with_the_backends_kernel(backend):
+    compiled = model("5b", attention=backend, compile=CompileConfig(mode="default", strict=True))
     with watch_compilation() as stats:
-        calls = [call(compiled, batch=batch) for batch in (2, 1, 4)]
-    assert (stats.graphs, stats.recompiles) == (1, 0)
-    assert all(attention_kernels(done) == {KERNELS[backend]: LAYERS} for done in calls)
+        calls = [attention_kernels(call(compiled, batch=batch)) for batch in (2, 1, 4)]
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert all(kernels == calls[0] for kernels in calls)
+    possible = [KERNELS[backend]] if backend in KERNELS else ["cudnn", "flash"]
+    assert calls[0] in [{kernel: LAYERS} for kernel in possible]
 
 
 @pytest.mark.cards("h100")

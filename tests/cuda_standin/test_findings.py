@@ -23,16 +23,6 @@ from tests.support import inputs
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.cards("h100", "a100", "rtx4090", "b200")
-@pytest.mark.parametrize("attention", ["sdpa", "sdpa-cudnn", "sdpa-flash"])
-def test_every_batch_is_one_graph(attention: str) -> None:
-    compiled = model(attention=attention, compile=CompileConfig(mode="default", strict=True))
-    with watch_compilation() as stats:
-        for batch in (2, 1, 4):
-            call(compiled, batch=batch)
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
-
-
 @pytest.mark.cards("h100", "a100")
 @pytest.mark.parametrize("compile", [False, CompileConfig(mode="default")], ids=["eager", "compiled"])
 def test_sdpa_takes_the_kernel_that_torch_takes(compile: Any) -> None:
