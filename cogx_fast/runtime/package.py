@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -255,7 +256,8 @@ class PackagedBlock:
         weights = self._weights.read()
         self._check(x_BSD, mask, weights)
         inputs = [*weights, x_BSD, mod_B12D, is_text_S1, *(rotary or ())]
-        output: Tensor = self._runner.run([tensor.contiguous() for tensor in inputs])[0]
+        with _current(x_BSD.device):  # it runs on the current device's stream
+            output: Tensor = self._runner.run([tensor.contiguous() for tensor in inputs])[0]
         return output
 
     def _check(self, x_BSD: Tensor, mask: Mask | LayerBlocks, weights: Sequence[Tensor]) -> None:
@@ -349,9 +351,15 @@ def _open(data: bytes, device: torch.device) -> Any:
         file = Path(directory, "block.pt2")
         file.write_bytes(data)
         index = device.index if device.type == "cuda" else -1
-        return torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, index)
+        with _current(device):  # and again what it was: the loader makes its device the current one, and leaves it so
+            return torch._C._aoti.AOTIModelPackageLoader(str(file), "model", False, 1, index)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """With that GPU as the current one; elsewhere nothing changes."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _refuse_other(path: object, manifest: Mapping[str, Any], device: torch.device) -> None:

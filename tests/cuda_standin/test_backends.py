@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 
@@ -116,18 +114,18 @@ def test_auto_on_turing_takes_what_runs_there():
     assert sum(attention_kernels(call(chosen)).values()) == LAYERS
 
 
-def at_5bs_own_size() -> choice.Choice:
+def at_5bs_own_size(*, compiled: bool = False) -> choice.Choice:
     config = PRESETS["5b"]
     shape = (2, count_tokens(config, default_video(config)).joint, config.num_attention_heads, 64)
-    return choice.choose_attention(shape, torch.bfloat16, torch.device("cuda"), compiled=False)
+    return choice.choose_attention(shape, torch.bfloat16, torch.device("cuda"), compiled=compiled)
 
 
 @pytest.mark.cards("rtx4060", "rtx3060")
-def test_auto_at_a_models_own_size_leaves_nothing_in_a_small_cards_memory():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_auto_at_a_models_own_size_leaves_nothing_in_a_small_cards_memory(compiled):
     held = torch.cuda.memory_allocated()
-    chosen = at_5bs_own_size()
-    assert set(chosen.milliseconds) == {"sdpa-cudnn", "sdpa-flash"}, chosen.reason
-    gc.collect()
+    chosen = at_5bs_own_size(compiled=compiled)
+    assert chosen.milliseconds.keys() == {"sdpa-cudnn", "sdpa-flash"} | ({"flex"} if compiled else set()), chosen.reason
     assert torch.cuda.memory_allocated() == held
 
 
