@@ -12,11 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cogx_fast.model.masks import SparseBlocks
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.attached import Attached, AttachedError, name_of, named, on_modules, patched_forward, refuse
 from cogx_fast.runtime.calls import Calls, describe_call
 from cogx_fast.runtime.kinds import kind_of, own
-from cogx_fast.runtime.runner import CallWith, Inputs, Runner, Slots, run
+from cogx_fast.runtime.runner import CallWith, Inputs, Runner, Slots, call_eagerly, run
 from cogx_fast.runtime.symbols import Symbols
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -143,7 +144,7 @@ class CompiledRunner(Runner):
     def _own(self, inputs: Inputs) -> Inputs:
         """With a mask of our own to mark; what else a block is given is made in each call."""
         mask = inputs.mask
-        return inputs._replace(mask=mask.view_as(mask)) if isinstance(mask, Tensor) else inputs
+        return inputs._replace(mask=_own(mask)) if isinstance(mask, Tensor) else inputs
 
     # -- what is attached ---------------------------------------------------------------------------------------------
 
@@ -195,7 +196,11 @@ class CompiledRunner(Runner):
 
 
 class WholeRunner(CompiledRunner):
-    """Runs a model as one graph, in which a kind of block is a region, compiled once (but for ``unrolled``)."""
+    """Runs a model as one graph, in which a kind of block is a region, compiled once (but for ``unrolled``).
+
+    Under an attention plan it is not: the stream is then as long as two of the graph's sizes together, text and the
+    plan's order of the video, and torch (2.13) does not find that sum among a region's inputs (``KeyError``).
+    """
 
     def use(self, slots: Slots) -> None:
         """As ``Runner.use``.
@@ -205,12 +210,14 @@ class WholeRunner(CompiledRunner):
         """
         refuse_untraceable(slots)
         super().use(slots)
+        self._with_plan = replace(self.slots, call_block=call_eagerly)
 
     def _attached_inside(self, model: CogVideoXTransformer) -> list[Attached]:
         parts = [*model.named_children(), *_blocks(model)]
         return [each for name, part in parts if name != "transformer_blocks" for each in on_modules(part, name)]
 
     def _prepare(self, model: CogVideoXTransformer) -> None:
+        self._with_plan = replace(self.slots, call_block=call_eagerly)
         if self.compilation is not None and not self.compilation.config.unrolled:
             self.slots = replace(self.slots, call_block=CallWith(self._by_kind(model, _region)))
         assert self._inside is not None
@@ -226,7 +233,8 @@ class WholeRunner(CompiledRunner):
         is_replayed = self._symbols.cuda_graphs and inputs.latents_BFCHW.is_cuda
         if is_replayed:
             torch.compiler.cudagraph_mark_step_begin()
-        sample = cast(Tensor, self._whole(model, self.slots, inputs))
+        slots = self._with_plan if isinstance(inputs.mask, SparseBlocks) else self.slots
+        sample = cast(Tensor, self._whole(model, slots, inputs))
         return sample.clone() if is_replayed else sample  # the next replay writes over what was recorded
 
 
@@ -260,8 +268,8 @@ def _blocks(model: CogVideoXTransformer) -> list[tuple[str, nn.Module]]:
 def own_tensors(inputs: Inputs) -> Inputs:
     """The same values in objects of our own to mark, laid out the same way whatever the caller's strides."""
     return inputs._replace(
-        latents_BFCHW=inputs.latents_BFCHW.contiguous().view_as(inputs.latents_BFCHW),
-        text_BTE=inputs.text_BTE.contiguous().view_as(inputs.text_BTE),
+        latents_BFCHW=_own(inputs.latents_BFCHW.contiguous()),
+        text_BTE=_own(inputs.text_BTE.contiguous()),
         timestep_B=_per_video(inputs.timestep_B),
         ofs_B=None if inputs.ofs_B is None else _per_video(inputs.ofs_B),
     )
@@ -278,6 +286,12 @@ def refuse_untraceable(slots: Slots) -> None:
             f"{', '.join(names)} (a step cache, say) decides outside of compiled code, which a graph of the whole step "
             "cannot: use CompileConfig(scope='block')"
         )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The same memory in another object. No view, where that can be: of a view torch compares the sizes of what it is
+    of, too, which are not marked."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach()
 
 
 def _per_video(tensor_B: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_weights_of_real_sizes_are_quantized_in_few_launches(recipe: str) -> Non
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, int]]]:
     """The library's and the generated candidates of each product that is compiled; then the first is taken untimed, but
     of int8 products the first two are timed, since Inductor decides what joins a product only where it is timed."""
     from torch._inductor.kernel import mm
@@ -140,7 +141,8 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
         return autotune_select_algorithm(name, choices[: 2 if name == "int_mm" else 1], *arguments, **options)
 
     monkeypatch.setattr(mm, "autotune_select_algorithm", take_few)
-    return seen
+    with fresh_cache():
+        yield seen
 
 
 @pytest.mark.cards("h100", "rtx3060", "rtx4060", "t4")
@@ -184,8 +186,7 @@ def test_int8_products_of_real_widths_write_no_sums(preset: str, timed: list[tup
     quant.quantize(whole, "int8-dynamic")
     compile_model(whole, CompileConfig())
     sizes = {"frames": 1, "height": 32, "width": 48}
-    with fresh_cache():
-        found, codes = run_and_get_code(call, whole, **sizes)
+    found, codes = run_and_get_code(call, whole, **sizes)
     assert sum("triton_tem" in name for name in found.triton.elements()) >= 4
     assert codes
     assert not any("torch.int32" in code for code in codes), "an int32 buffer holds a product's sums"

@@ -325,3 +325,16 @@ def test_inputs_of_the_caller_are_not_marked() -> None:
         arguments = inputs(model.config)
         call(model, arguments)
         assert [name for name, value in arguments.items() if vars(value)] == []
+
+
+def test_sizes_after_a_single_frame_share_a_graph_of_the_whole_model() -> None:
+    """Views were compared by the sizes of what they are views of, which the first call had fixed."""
+    model = CogVideoXModel(small("5b")).eval().requires_grad_(False)
+    compile_model(model, CompileConfig(scope="model", backend="eager"))
+    with torch.no_grad(), watch_compilation() as stats:
+        model(**inputs(model.config, frames=1, height=8, width=10))
+        with pytest.warns(RecompileWarning):  # a single latent frame is a graph apart
+            model(**inputs(model.config, frames=2, height=8, width=10))
+        for height, width in [(8, 16), (12, 10), (20, 16)]:
+            model(**inputs(model.config, frames=3, height=height, width=width))
+    assert (stats.graphs, stats.recompiles) == (2, 1)
