@@ -18,6 +18,7 @@ class KeepSplitLoops(CustomSchedulerPass):
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
         """After fusion, before the merging."""
+        from torch._inductor.codegen.simd import SIMDKernel
         from torch._inductor.scheduler import FusedSchedulerNode
 
         for fused in nodes:
@@ -26,23 +27,13 @@ class KeepSplitLoops(CustomSchedulerPass):
             groups = fused.group[1]
             node: Any
             for node in fused.get_nodes():
-                if not node.is_reduction() and not _can_split(groups, node._body.merge_loops().sizes):
+                if not node.is_reduction() and not SIMDKernel.is_compatible(groups, node._body.merge_loops().sizes):
                     node.merge_loops = lambda: None
         return nodes
 
     def uuid(self) -> Any:
         """What generated code depends on, for torch's cache of it."""
         return "cogx_fast KeepSplitLoops 1"
-
-
-def _can_split(groups: Any, loops: Any) -> bool:
-    """Whether Inductor can write these loops in a kernel of those groups."""
-    from torch._inductor.codegen.simd import SIMDKernel
-
-    try:
-        return bool(SIMDKernel.is_compatible(groups, loops))
-    except AssertionError:  # what is left over after the splitting
-        return False
 
 
 __all__ = ["KeepSplitLoops"]
