@@ -14,6 +14,7 @@ class KeepSplitLoops(CustomSchedulerPass):
     each into one of rows · columns, where that is the same order in memory; then, writing the kernel, it splits that by
     rows. With rows = B · T + B · V, as the whole model has (text and video in one stream), it does not see that
     columns · B · T + columns · B · V can be divided by them. So loops that could not be split again are not merged.
+    What is computed once for a row, a scale, is not split by rows.
     """
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
@@ -27,13 +28,15 @@ class KeepSplitLoops(CustomSchedulerPass):
             groups = fused.group[1]
             node: Any
             for node in fused.get_nodes():
-                if not node.is_reduction() and not SIMDKernel.is_compatible(groups, node._body.merge_loops().sizes):
+                if node.is_reduction() or node.group[1][0] == groups[0]:
+                    continue
+                if not SIMDKernel.is_compatible(groups, node._body.merge_loops().sizes):
                     node.merge_loops = lambda: None
         return nodes
 
     def uuid(self) -> Any:
         """What generated code depends on, for torch's cache of it."""
-        return "cogx_fast KeepSplitLoops 1"
+        return "cogx_fast KeepSplitLoops 2"
 
 
 __all__ = ["KeepSplitLoops"]

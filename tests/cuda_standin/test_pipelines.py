@@ -151,16 +151,19 @@ def test_what_moves_weights_inside_compiled_code_is_refused_with_words():
 
 @pytest.mark.cards("h100")
 @pytest.mark.parametrize("recipe", [None, "fp8-dynamic"])
-def test_accelerating_on_the_device_needs_little_more_than_the_weights(recipe):
-    pipe = pipeline(num_attention_heads=16, num_layers=8).to("cuda")
+def test_accelerating_on_the_device_needs_two_blocks_more_than_what_it_makes(recipe):
+    layers = 8
+    pipe = pipeline(num_attention_heads=16, num_layers=layers).to("cuda")
     held = torch.cuda.memory_allocated()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in pipe.transformer.state_dict().values())
     with peak_bytes() as peak:
         cogx_fast.accelerate(pipe, attention="sdpa", quant=recipe)
     gc.collect()
-    assert peak[0] < 0.3 * weights, f"{peak[0] / weights:.2f} of the weights on top of them"
     now = torch.cuda.memory_allocated() - held
-    assert now < (0.01 if recipe is None else -0.3) * weights
+    assert now < (0.01 if recipe is None else -0.4) * weights
+    # quantized weights stand beside the pipeline's own until all are made: it works, or leaves the pipeline as it was
+    made = 0 if recipe is None else weights + now
+    assert peak[0] < made + 2 * weights / layers, f"{peak[0] / weights:.2f} of the weights on top of them"
 
 
 @pytest.mark.cards("h100")
