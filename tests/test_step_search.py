@@ -118,4 +118,6 @@ def test_the_command_writes_a_schedule_that_load_takes(tmp_path: Path) -> None:
     assert facts["speedup"] == made.speedup == 2
     assert facts["error"] == made.error
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["plan.png", "plan.toml"]
+    work = ("generate", "--model", "tiny", "--prompt", "the digit one moving up", "--steps", 6, "--json")
+    assert report(run_cli(*work, "--step-cache", out, "--out", tmp_path / "a.mp4"))["step_cache"] == str(out)
     assert cogx_fast.load("tiny", step_cache=out).runner.slots.reuse.strategy == Given(made)

@@ -32,10 +32,15 @@ def write_plan(plan: AttentionPlan, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    write_whole(path, render_plan(plan))
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file whole, or not at all."""
     target = Path(path)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        part.write_text(render_plan(plan), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -132,4 +137,4 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-__all__ = ["read_plan", "render_plan", "write_plan"]
+__all__ = ["read_plan", "render_plan", "write_plan", "write_whole"]

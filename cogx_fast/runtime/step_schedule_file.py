@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cogx_fast.runtime.plan_file import write_whole
 from cogx_fast.runtime.step_schedule import StepCacheError, StepSchedule
 
 if sys.version_info >= (3, 11):
@@ -41,13 +42,7 @@ def write_schedule(schedule: StepSchedule, path: str | os.PathLike[str]) -> None
     Raises:
         OSError: it cannot be written.
     """
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.write_text(render_schedule(schedule), encoding="utf-8")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, render_schedule(schedule))
 
 
 def read_schedule(path: str | os.PathLike[str]) -> StepSchedule:
