@@ -6,11 +6,11 @@ Suffixes: S joint tokens, N heads (1 where all are the same), L layers, P distin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 from cogx_fast.model.patterns import TokenOrder
 
@@ -48,9 +48,7 @@ class LayerBlocks(NamedTuple):
         columns = self.columns_PQQ.index_select(0, self.choice_N)[None]
         # Blocks are kept whole, so the kernel has nothing to mask inside of them. Uncompiled, flex_attention computes
         # every score and sees nothing but the function.
-        whole: dict[str, Any] = (
-            {} if torch.compiler.is_compiling() else {"mask_mod": _element_mask(counts, columns, self.block_size)}
-        )
+        is_compiled = torch.compiler.is_compiling()
         return BlockMask(
             seq_lengths=(tokens, tokens),
             kv_num_blocks=counts,
@@ -62,7 +60,7 @@ class LayerBlocks(NamedTuple):
             full_q_num_blocks=None,
             full_q_indices=None,
             BLOCK_SIZE=(self.block_size, self.block_size),
-            **whole,
+            mask_mod=noop_mask if is_compiled else _element_mask(counts, columns, self.block_size),
         )
 
 
