@@ -152,10 +152,6 @@ class StepCache:
             if place.step == len(place.timesteps) - 1:
                 states.pop(_context.get(), None)
 
-    def reset(self) -> None:
-        """Forget what this thread's last generation kept, e.g. one that was interrupted."""
-        self._state.__dict__.clear()
-
     def _begin(self, model: CogVideoXTransformer, place: Place) -> _Generation:
         timesteps: list[float] = place.timesteps.tolist()  # waits for the device, once in a generation
         generation = _Generation(place.timesteps, place.timesteps._version, None)

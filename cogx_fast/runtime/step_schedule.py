@@ -48,7 +48,7 @@ class StepSchedule:
     forecast: Forecast = "reuse"
     """One of ``FORECASTS``."""
     scheduler: str | None = None
-    """The class of the scheduler that it was made with; another gives a warning."""
+    """The class of the scheduler that it was made with, for whoever reads it: a model does not see its scheduler."""
     config_hash: str | None = None
     """``hash_config`` of the model that it is for; None: any of so many layers."""
     error: float | None = None

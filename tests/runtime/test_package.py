@@ -365,6 +365,20 @@ def test_what_is_attached_inside_a_block_is_refused_for_its_code_does_not_call_i
     assert relative_error(call(model, arguments), expected) > 1e-3
 
 
+def test_a_step_cache_skips_a_packages_blocks(package: Package) -> None:
+    model, eager = load_package(package.path, package.checkpoint), load(package.checkpoint)
+    steps, found = torch.tensor([900, 500, 100]), []
+    for each in (model, eager):
+        each.set_step_cache("mask:1,0,1")
+        arguments = inputs(each.config)
+        batch = arguments["hidden_states"].shape[0]
+        found.append([call(each, arguments | {"timestep": timestep.expand(batch)}) for timestep in steps])
+    for ours, wanted in zip(*found, strict=True):
+        assert relative_error(ours, wanted) <= 1e-5
+    model.set_step_cache(None)
+    assert relative_error(call(model, arguments | {"timestep": steps[1].expand(batch)}), found[1][1]) > 1e-5
+
+
 @pytest.mark.parametrize("sizes", [{"tokens": (1, 9)}, {"tokens": (9, 9)}, {"tokens": (2, 9), "batch": 1}])
 def test_ranges_that_are_none(sizes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):

@@ -273,6 +273,13 @@ def test_a_graph_of_the_whole_step_cannot_have_one() -> None:
         model.set_step_cache("fast")
 
 
+@pytest.mark.parametrize("option", [{"quant": "int8-weight-only"}, {"attention_plan": "tiles"}], ids=str)
+def test_it_goes_with_quantization_and_plans(option: dict[str, Any]) -> None:
+    model = cogx_fast.load(make(), **option)
+    model.set_step_cache(schedule(4, 1, 4, 0, 4, forecast="linear"))
+    assert counted(model, timesteps(5)) == [4, 1, 4, 0, 4]
+
+
 def test_copies_have_it_too() -> None:
     model = make()
     model.set_step_cache(schedule(4, 1, 1))
