@@ -142,7 +142,7 @@ def test_every_generation_starts_anew_and_keeps_nothing_at_its_end() -> None:
 
 def test_an_interrupted_generation_leaves_nothing_to_the_next() -> None:
     model = make()
-    model.set_step_cache(schedule(4, 1, 1, 4))
+    model.set_step_cache(schedule(4, 1, 1, 4, forecast="linear"))
     expected = generate(model, timesteps(4))
     generate(model, timesteps(4)[:2])
     other = timesteps(4)
