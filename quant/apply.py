@@ -25,7 +25,7 @@ Shape = tuple[int, int]
 
 _UNNAMED = "no rule of the recipe names it"
 _RECIPE = "_quant_recipe"
-_VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+_VALUES_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Of a weight, where its rows can be quantized apart: on a CPU memory is what counts, on a GPU launches."""
 
 
