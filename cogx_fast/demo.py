@@ -13,6 +13,7 @@ import torch
 from cogx_fast import quality
 from cogx_fast.assets import CHECKSUMS
 from cogx_fast.comparison import check_dependencies
+from cogx_fast.extras import require
 from cogx_fast.generation import (
     UPSTREAM,
     Request,
@@ -26,7 +27,6 @@ from cogx_fast.generation import (
 )
 from cogx_fast.locate import locate_pipeline
 from cogx_fast.model.cpu import has_int8_products
-from cogx_fast.optional import require
 from cogx_fast.plots import Point, plot_speed
 from cogx_fast.runtime.compile import CompilationStats, watch_compilation
 from cogx_fast.terminal import Progress, table

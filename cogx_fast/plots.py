@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cogx_fast.optional import require
+from cogx_fast.extras import require
 
 _BACKGROUND, _INK, _FAINT, _GRID = "#fafaf8", "#202124", "#787a80", "#e2e2de"
 _COLOURS = ("#2463a8", "#d1651b", "#3a8a4d", "#8a4fa3")

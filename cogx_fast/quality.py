@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogx_fast.assets import digits
-from cogx_fast.optional import require
+from cogx_fast.extras import require
 
 Video: TypeAlias = "np.ndarray[Any, Any]"
 """Frames ``(F, H, W, 3)``: uint8, or floating point in 0…1."""

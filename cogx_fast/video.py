@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cogx_fast.optional import require
+from cogx_fast.extras import require
 
 Frames = NDArray[Any]
 

@@ -10,7 +10,7 @@ import torch
 
 from cogx_fast import quality
 from cogx_fast.assets import digits
-from cogx_fast.optional import MissingDependencyError
+from cogx_fast.extras import MissingDependencyError
 
 
 @pytest.fixture(scope="module")

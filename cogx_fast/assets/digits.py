@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogx_fast.optional import require
+from cogx_fast.extras import require
 
 Split = Literal["train", "held-out"]
 

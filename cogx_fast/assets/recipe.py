@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cogx_fast.optional import require
+from cogx_fast.extras import require
 
 SEED = 20240812
 

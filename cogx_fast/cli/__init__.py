@@ -15,7 +15,7 @@ from cogx_fast import __version__
 from cogx_fast.cli import bench, compare, demo, explain, export, generate, info, plan, quantize, recipes, roofline, tune
 from cogx_fast.cli.arguments import Parser
 from cogx_fast.cli.output import fail, one_line, quiet_libraries
-from cogx_fast.optional import MissingDependencyError
+from cogx_fast.extras import MissingDependencyError
 from cogx_fast.terminal import Progress
 
 _COMMANDS = {

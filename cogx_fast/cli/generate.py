@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cogx_fast.cli.arguments import MODEL_HELP, add_command, add_video
 from cogx_fast.cli.output import note, quiet_bars, warn
 from cogx_fast.cli.task import read_task
-from cogx_fast.optional import require
+from cogx_fast.extras import require
 from cogx_fast.terminal import Progress
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cogx_fast.optional import require
+from cogx_fast.extras import require
 from cogx_fast.terminal import Progress
 
 _PACKAGE = Path(__file__).parents[1]

@@ -191,7 +191,7 @@ def _report(arguments: argparse.Namespace, outcome: Outcome, model: Any, samples
 
 def _plot(report: dict[str, Any], path: Path) -> str | None:
     """The picture's path; None where what draws it is not installed."""
-    from cogx_fast.optional import MissingDependencyError
+    from cogx_fast.extras import MissingDependencyError
     from cogx_fast.plots import Mix, plot_mixes
 
     def mix(each: dict[str, Any]) -> Mix:
