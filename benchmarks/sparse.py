@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogx_fast.attention.attend import attend
+from cogx_fast.attention.masks import LayerBlocks, sparse_blocks
+from cogx_fast.attention.plan import FULL, AttentionPlan
+from cogx_fast.attention.windows import Pattern, block_boxes, kept_blocks, token_order
 from cogx_fast.config import PRESETS
-from cogx_fast.model.attention import attend
-from cogx_fast.model.masks import LayerBlocks, sparse_blocks
-from cogx_fast.model.patterns import Pattern, block_boxes, kept_blocks, token_order
 from cogx_fast.model.tables import Grid, rotary_tables
-from cogx_fast.runtime.plan import FULL, AttentionPlan
 
 RESULTS = Path(__file__).with_name("results")
 TEXT = 226

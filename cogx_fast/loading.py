@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from cogx_fast.assets import tiny_pipeline_dir
+from cogx_fast.attention.backends import get_backend
 from cogx_fast.costs import count_tokens, default_video
-from cogx_fast.model.backends import get_backend
 from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
 from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.choice import AttentionFor
@@ -26,9 +26,9 @@ from cogx_fast.weights.lora import LoraLike, Merge
 from cogx_fast.weights.sources import ConfigLike, resolve
 
 if TYPE_CHECKING:
+    from cogx_fast.attention.plan import AttentionPlan
     from cogx_fast.runtime.compile import CompileConfig
     from cogx_fast.runtime.module import CogVideoXModel
-    from cogx_fast.runtime.plan import AttentionPlan
     from cogx_fast.runtime.step_schedule import StepSchedule
     from cogx_fast.weights.checkpoint import Finish
     from quant import Recipe
@@ -74,7 +74,7 @@ def load(
         device: where the weights go; None means the CPU for files, and where they are for a live model. On the CPU,
             tensors that need no change stay mapped from the files (as diffusers does): do not write to a file in place
             while a model uses it (``save_pretrained`` does not).
-        attention: the attention backend, a name from ``cogx_fast.model.backends.BACKENDS``; or "auto": on CUDA the
+        attention: the attention backend, a name from ``cogx_fast.attention.backends.BACKENDS``; or "auto": on CUDA the
             exact ones are timed once at the model's usual size and the answer is kept on disk; elsewhere sdpa,
             and flex with a plan. A model that is moved to another device later (``pipe.to("cuda")``, offload)
             chooses at its first call there. ``model.attention_choice`` says why.
@@ -139,7 +139,7 @@ def load(
         variant=variant,
     )
     if attention_plan is not None:
-        from cogx_fast.runtime.plan import choose_plan
+        from cogx_fast.attention.plan import choose_plan
 
         model.set_attention_plan(choose_plan(attention_plan, model.config))
     if step_cache is not None:

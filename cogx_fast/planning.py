@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogx_fast.model.patterns import Pattern, block_boxes, kept_blocks
+from cogx_fast.attention.plan import FULL, LAST_TIMESTEP, AttentionPlan, PlanError, hash_config, hash_weights
+from cogx_fast.attention.windows import Pattern, block_boxes, kept_blocks
 from cogx_fast.model.tables import Grid
 from cogx_fast.model.transformer import Attention, Block
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.plan import FULL, LAST_TIMESTEP, AttentionPlan, PlanError, hash_config, hash_weights
 from cogx_fast.runtime.runner import Runner
 
 if TYPE_CHECKING:

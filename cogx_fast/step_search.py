@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogx_fast.attention.plan import hash_config, hash_weights
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.plan import hash_config, hash_weights
 from cogx_fast.runtime.runner import ComputeBlocks, Runner, Slots
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import FORECASTS, Forecast, Given, StepCacheError, StepSchedule

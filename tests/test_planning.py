@@ -12,19 +12,19 @@ from torch import Tensor
 
 import cogx_fast
 from cogx_fast.assets import tiny_pipeline_dir
+from cogx_fast.attention.attend import attend
+from cogx_fast.attention.plan import FULL, PlanError
+from cogx_fast.attention.plan_file import read_plan
+from cogx_fast.attention.windows import Pattern
 from cogx_fast.costs import VideoSize
 from cogx_fast.generation import Request, quiet
-from cogx_fast.model.attention import attend
-from cogx_fast.model.patterns import Pattern
 from cogx_fast.model.transformer import Attention
 from cogx_fast.planning import Finding, find_plan, masked_outputs
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.plan import FULL, PlanError
-from cogx_fast.runtime.plan_file import read_plan
+from tests.attention.test_masks import BLOCK, masks
+from tests.attention.test_plan import written_out
+from tests.attention.test_windows import PATTERNS
 from tests.conftest import report, run_cli
-from tests.model.test_masks import BLOCK, masks
-from tests.model.test_patterns import PATTERNS
-from tests.runtime.test_plan import written_out
 from tests.support import relative_error
 
 REQUESTS = [

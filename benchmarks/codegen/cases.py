@@ -70,7 +70,7 @@ def our_block(
     """Our block, given one layer's rows of the modulation of all layers."""
     import torch
 
-    from cogx_fast.model.masks import full_block_mask
+    from cogx_fast.attention.masks import full_block_mask
     from cogx_fast.model.transformer import Block
 
     config, rows = _sizes(preset, tokens)

@@ -13,10 +13,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.gpu.cases import BATCH, FLEX_OPTIONS, SPARSE, Case
 from cogx_fast import bench, load
-from cogx_fast.model.backends import BACKENDS
-from cogx_fast.model.masks import full_block_mask
+from cogx_fast.attention.backends import BACKENDS
+from cogx_fast.attention.masks import full_block_mask
+from cogx_fast.attention.plan import LAST_TIMESTEP
 from cogx_fast.runtime.compile import CompileConfig
-from cogx_fast.runtime.plan import LAST_TIMESTEP
 
 DTYPE = torch.bfloat16
 Step = Callable[[], Tensor]

@@ -17,7 +17,7 @@ from benchmarks.gpu import measure, models
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.measure import OURS, PEER, Traffic
 from cogx_fast import devices, timing
-from cogx_fast.model.backends import BACKENDS
+from cogx_fast.attention.backends import BACKENDS
 
 EXPECTED = environment.ROOT / "benchmarks" / "expected" / "gpu"
 MARGINS = {"ratio": "0.04", "percent_of_ceilings": "0.05", "peak_mib": "0.02", "launches": "0"}
@@ -181,7 +181,7 @@ class Suite:
         """The error of one layer's model against diffusers' in fp32, beside diffusers' own in the same dtype.
 
         With a sparse plan at one of its dense timesteps, which use the same graph: what is sparse is no approximation
-        of random weights' attention. That the sparse mask is the right one, ``tests/runtime/test_plan.py`` holds.
+        of random weights' attention. That the sparse mask is the right one, ``tests/attention/test_plan.py`` holds.
         """
         one = models.one_layer(case)
         if self._reference is None or self._reference[0] != case.model:

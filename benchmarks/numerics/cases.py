@@ -171,7 +171,7 @@ class Case:
         return nn.functional.pad(video_VD, (0, 0, size.text, 0))[None]
 
     def _mask(self, size: Size) -> Any:
-        from cogx_fast.model.masks import full_block_mask
+        from cogx_fast.attention.masks import full_block_mask
 
         if self.attention == "sdpa":
             return None
@@ -180,8 +180,8 @@ class Case:
         return _hidden_text(size) if self.attention == "masked" else self._plan(size).blocks.of_layer(0)
 
     def _plan(self, size: Size) -> Any:
-        from cogx_fast.model.patterns import Pattern
-        from cogx_fast.runtime.plan import FULL, AttentionPlan
+        from cogx_fast.attention.plan import FULL, AttentionPlan
+        from cogx_fast.attention.windows import Pattern
 
         patterns = (FULL, Pattern(kind="spatial"), Pattern(kind="temporal", space=0.2))
         heads = tuple(1 + head % 2 for head in range(self.heads))

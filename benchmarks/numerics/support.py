@@ -141,14 +141,14 @@ def _compiled(found: Outcomes, case: str, reasons: list[str]) -> list[str]:
 
 
 def _library_backends() -> list[str]:
-    from cogx_fast.model.backends import BACKENDS
+    from cogx_fast.attention.backends import BACKENDS
 
     return [name for name in BACKENDS if name != "flex"]
 
 
 def _stated(name: str) -> list[str]:
     """What the backend says of each device."""
-    from cogx_fast.model.backends import BACKENDS
+    from cogx_fast.attention.backends import BACKENDS
 
     backend = BACKENDS[name]
     able = "yes +" if backend.module else "yes"

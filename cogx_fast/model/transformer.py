@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cogx_fast.attention.attend import Mask, Rotary, RotaryNorm, attend
+from cogx_fast.attention.backends import get_backend
+from cogx_fast.attention.masks import LayerBlocks
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.attention import Mask, Rotary, RotaryNorm, attend
-from cogx_fast.model.backends import get_backend
 from cogx_fast.model.layers import (
     FeedForward,
     ModulatedNorm,
@@ -27,7 +28,6 @@ from cogx_fast.model.layers import (
     PatchEmbed,
     TimestepEmbedding,
 )
-from cogx_fast.model.masks import LayerBlocks
 from cogx_fast.model.part import Part
 from cogx_fast.model.products import project
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from cogx_fast.model.backends import BACKENDS, Backend
+from cogx_fast.attention.backends import BACKENDS, Backend
 from cogx_fast.model.part import PLACING, AttachedError, does_not_work
 from cogx_fast.model.transformer import Attention
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogx_fast.model.attention import Mask
-from cogx_fast.model.backends import lacks_bf16
-from cogx_fast.model.masks import SparseBlocks
+from cogx_fast.attention.attend import Mask
+from cogx_fast.attention.backends import lacks_bf16
+from cogx_fast.attention.masks import SparseBlocks
 from cogx_fast.runtime.cachedir import CacheDirectory
 from cogx_fast.runtime.flags import Flags
 from cogx_fast.runtime.runner import Inputs

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from cogx_fast.model.attention import attend
-from cogx_fast.model.backends import BACKENDS, ready_backend
-from cogx_fast.model.masks import full_block_mask
+from cogx_fast.attention.attend import attend
+from cogx_fast.attention.backends import BACKENDS, ready_backend
+from cogx_fast.attention.masks import full_block_mask
 from cogx_fast.runtime.candidates import drop_garbage
 
 _ROUNDS = 5

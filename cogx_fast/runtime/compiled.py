@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cogx_fast.model.masks import SparseBlocks
+from cogx_fast.attention.masks import SparseBlocks
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.attached import Attached, AttachedError, name_of, named, on_modules, patched_forward, refuse
 from cogx_fast.runtime.calls import Calls, describe_call

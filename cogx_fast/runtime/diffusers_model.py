@@ -22,8 +22,8 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import deprecate
 from torch import Tensor, nn
 
+from cogx_fast.attention.backends import BACKENDS, Backend
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.backends import BACKENDS, Backend
 from cogx_fast.model.layers import FeedForward
 from cogx_fast.model.tables import sincos_table
 from cogx_fast.model.transformer import Attention

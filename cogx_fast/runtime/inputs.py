@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogx_fast.attention.attend import Mask, Rotary
+from cogx_fast.attention.masks import SparseBlocks, full_block_mask
+from cogx_fast.attention.plan import AttentionPlan
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.attention import Mask, Rotary
-from cogx_fast.model.masks import SparseBlocks, full_block_mask
 from cogx_fast.model.tables import Grid, join_rotary, rotary_tables, sincos_table
 from cogx_fast.model.transformer import CogVideoXTransformer
-from cogx_fast.runtime.plan import AttentionPlan
 from cogx_fast.runtime.runner import Inputs
 
 _TABLES_HELD = 8

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from cogx_fast.attention.backends import BACKENDS, UPSTREAM_NAMES, Backend, ready_backend
+from cogx_fast.attention.plan import AttentionPlan
 from cogx_fast.config import ConfigError, TransformerConfig
-from cogx_fast.model.backends import BACKENDS, UPSTREAM_NAMES, Backend, ready_backend
 from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
 from cogx_fast.runtime import step_cache
 from cogx_fast.runtime.attached import Watch, check_own, check_processor
 from cogx_fast.runtime.choice import AttentionFor, Choice, choose_attention
 from cogx_fast.runtime.inputs import Preparation
-from cogx_fast.runtime.plan import AttentionPlan
 from cogx_fast.runtime.quantized import follow_dtype
 from cogx_fast.runtime.runner import Runner, compute_all
 from cogx_fast.runtime.step_cache import StepCache
@@ -44,7 +44,7 @@ class CogVideoXModel(CogVideoXTransformer):
 
     Args:
         config: its sizes and options.
-        attention: the attention backend, a name from ``cogx_fast.model.backends.BACKENDS``.
+        attention: the attention backend, a name from ``cogx_fast.attention.backends.BACKENDS``.
     """
 
     def __init__(self, config: TransformerConfig, *, attention: str = "sdpa") -> None:
@@ -280,7 +280,7 @@ class CogVideoXModel(CogVideoXTransformer):
         """Use another attention backend from the next call on (a compiled model compiles again).
 
         Args:
-            backend: a name from ``cogx_fast.model.backends.BACKENDS``, or diffusers' name for one of them ("native",
+            backend: a name from ``cogx_fast.attention.backends.BACKENDS``, or diffusers' name for one of them ("native",
                 "_native_cudnn", "flash", …).
 
         Raises:

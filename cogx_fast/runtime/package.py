@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from cogx_fast.model.attention import Mask, Rotary
+from cogx_fast.attention.attend import Mask, Rotary
+from cogx_fast.attention.masks import LayerBlocks, full_block_mask
 from cogx_fast.model.cpu import has_int8_products
-from cogx_fast.model.masks import LayerBlocks, full_block_mask
 from cogx_fast.model.products import is_int8_dynamic
 from cogx_fast.runtime.artifact import (
     ArtifactError,

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cogx_fast.model.attention import Mask, Rotary
+from cogx_fast.attention.attend import Mask, Rotary
+from cogx_fast.attention.masks import LayerBlocks, SparseBlocks
 from cogx_fast.model.layers import patchify, unpatchify
-from cogx_fast.model.masks import LayerBlocks, SparseBlocks
 from cogx_fast.model.transformer import Block, CogVideoXTransformer, Conditioning
 
 if TYPE_CHECKING:

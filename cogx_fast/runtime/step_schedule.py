@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
+from cogx_fast.attention.plan import hash_config
 from cogx_fast.config import TransformerConfig
-from cogx_fast.runtime.plan import hash_config
 
 if TYPE_CHECKING:
     from cogx_fast.model.transformer import CogVideoXTransformer

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cogx_fast.runtime.plan_file import write_whole
+from cogx_fast.attention.plan_file import write_whole
 from cogx_fast.runtime.step_schedule import StepCacheError, StepSchedule
 
 if sys.version_info >= (3, 11):

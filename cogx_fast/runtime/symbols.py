@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogx_fast.model.attention import Mask, Rotary
-from cogx_fast.model.masks import LayerBlocks, SparseBlocks
+from cogx_fast.attention.attend import Mask, Rotary
+from cogx_fast.attention.masks import LayerBlocks, SparseBlocks
 from cogx_fast.runtime.runner import Inputs
 
 _BATCH_HINT = 2

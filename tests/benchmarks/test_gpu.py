@@ -22,9 +22,9 @@ from benchmarks.gpu import budget, measure, suite, table, wheels
 from benchmarks.gpu.cases import MODELS, RECIPES, Case, plan
 from benchmarks.gpu.measure import OURS, PEER
 from cogx_fast import bench, timing
+from cogx_fast.attention.backends import BACKENDS
+from cogx_fast.attention.plan import BUILT_IN
 from cogx_fast.model import layers
-from cogx_fast.model.backends import BACKENDS
-from cogx_fast.runtime.plan import BUILT_IN
 from tests.conftest import run_cli
 
 CPU = torch.device("cpu")

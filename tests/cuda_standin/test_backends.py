@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import cogx_fast
+from cogx_fast.attention.plan import choose_plan
 from cogx_fast.config import PRESETS
 from cogx_fast.costs import count_tokens, default_video
 from cogx_fast.runtime import choice
 from cogx_fast.runtime.compile import CompileConfig
-from cogx_fast.runtime.plan import choose_plan
 from cogx_fast.runtime.watch import watch_compilation
 from tests.cuda_standin.device import FAST, GIB, TENSOR_CARDS, attention_kernels, call, model
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.config import FEED_FORWARD_ACTIVATIONS, TIMESTEP_ACTIVATIONS
-from cogx_fast.model.backends import BACKENDS
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.model.pairs import TOLERANCE, call, new_pair, pair
 from tests.support import RELEASED, relative_error, small

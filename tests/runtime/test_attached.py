@@ -203,7 +203,7 @@ def test_diffusers_names_of_backends_are_taken(theirs: str, ours: str) -> None:
 def test_every_name_of_diffusers_is_taken_or_explained() -> None:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    from cogx_fast.model.backends import BACKENDS, UPSTREAM_NAMES
+    from cogx_fast.attention.backends import BACKENDS, UPSTREAM_NAMES
 
     assert UPSTREAM_NAMES.keys() <= {name.value for name in AttentionBackendName}
     assert set(UPSTREAM_NAMES.values()) <= BACKENDS.keys()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogx_fast.model.backends import BACKENDS, Backend
+from cogx_fast.attention.backends import BACKENDS, Backend
 from cogx_fast.runtime import choice
 from cogx_fast.runtime.choice import Choice, Memory, choose_attention
 from cogx_fast.runtime.compile import watch_compilation

@@ -289,7 +289,8 @@ def flags() -> list[dict[str, Any]]:
 def test_no_flag_of_torch_is_changed(scope: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.callback import callback_handler
 
-    from cogx_fast.model import attention, transformer
+    from cogx_fast.attention import attend
+    from cogx_fast.model import transformer
 
     def state() -> Any:
         return flags(), len(callback_handler.start_callbacks), len(callback_handler.end_callbacks)
@@ -314,7 +315,7 @@ def test_no_flag_of_torch_is_changed(scope: Any, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(Exception, match="ZeroDivisionError"):
         call(model, inputs(model.config))
     assert state() == before
-    monkeypatch.setattr(transformer, "attend", attention.attend)
+    monkeypatch.setattr(transformer, "attend", attend.attend)
     call(model, inputs(model.config))  # and a compilation that failed is done again
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 import cogx_fast
+from cogx_fast.attention.plan import hash_config
 from cogx_fast.config import PRESETS
 from cogx_fast.runtime.compile import CompileConfig, compile_model, uncompile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.plan import hash_config
 from cogx_fast.runtime.runner import Runner
 from cogx_fast.runtime.step_cache import place_of
 from cogx_fast.runtime.step_schedule import EVEN, StepCacheError, StepSchedule, choose_strategy

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from cogx_fast.model.patterns import KINDS, Pattern, block_boxes, kept_blocks, token_order
+from cogx_fast.attention.windows import KINDS, Pattern, block_boxes, kept_blocks, token_order
 from cogx_fast.model.tables import Grid
 
 ODD: list[tuple[Grid, tuple[int, int], int, int]] = [  # grid, tile, text tokens, block size

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask
 
-from cogx_fast.model import backends
-from cogx_fast.model.attention import attend
-from cogx_fast.model.backends import BACKENDS, Backend, get_backend, ready_backend
-from cogx_fast.model.masks import full_block_mask
+from cogx_fast.attention import backends
+from cogx_fast.attention.attend import attend
+from cogx_fast.attention.backends import BACKENDS, Backend, get_backend, ready_backend
+from cogx_fast.attention.masks import full_block_mask
 from cogx_fast.runtime.compile import watch_compilation
-from tests.model.test_attention import plain, qkv
+from tests.attention.test_attend import plain, qkv
 from tests.support import relative_error
 
 CPU, CUDA, BF16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16

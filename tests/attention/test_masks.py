@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogx_fast.model.attention import attend
-from cogx_fast.model.masks import LayerBlocks, SparseBlocks, count_pairs, sparse_blocks
-from cogx_fast.model.patterns import block_boxes, kept_blocks, token_order
+from cogx_fast.attention.attend import attend
+from cogx_fast.attention.masks import LayerBlocks, SparseBlocks, count_pairs, sparse_blocks
+from cogx_fast.attention.windows import block_boxes, kept_blocks, token_order
 from cogx_fast.model.tables import Grid
+from tests.attention.test_attend import plain, qkv
+from tests.attention.test_windows import ODD, PATTERNS
 from tests.model.pairs import TOLERANCE
-from tests.model.test_attention import plain, qkv
-from tests.model.test_patterns import ODD, PATTERNS
 from tests.support import relative_error
 
 BLOCK = 16
@@ -72,8 +72,8 @@ def test_counted_pairs_are_those_of_the_elements(grid: Grid, tile: tuple[int, in
 _BUILD = """
 import json, resource, time, torch
 from cogx_fast.config import PRESETS
-from cogx_fast.model.patterns import Pattern
-from cogx_fast.runtime.plan import FULL, AttentionPlan
+from cogx_fast.attention.windows import Pattern
+from cogx_fast.attention.plan import FULL, AttentionPlan
 config = PRESETS["1.5-5b"]
 patterns = (FULL, *(Pattern(kind=kind, space=1 / n) for kind in ("radial", "temporal") for n in (2, 4, 8)),
             *(Pattern(kind="spatial", frames=n) for n in (0, 1, 3)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from cogx_fast.model.backends import get_backend
+from cogx_fast.attention.backends import get_backend
 
 Mask = Tensor | BlockMask | None
 Rotary = tuple[Tensor, Tensor]

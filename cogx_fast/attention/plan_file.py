@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cogx_fast.model.patterns import Pattern
-from cogx_fast.runtime.plan import AttentionPlan, PlanError
+from cogx_fast.attention.plan import AttentionPlan, PlanError
+from cogx_fast.attention.windows import Pattern
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from cogx_fast.attention.attend import Rotary
+from cogx_fast.attention.backends import BACKENDS
+from cogx_fast.attention.masks import SparseBlocks, sparse_blocks
+from cogx_fast.attention.windows import Pattern, block_boxes, kept_blocks, token_order
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.attention import Rotary
-from cogx_fast.model.backends import BACKENDS
-from cogx_fast.model.masks import SparseBlocks, sparse_blocks
-from cogx_fast.model.patterns import Pattern, block_boxes, kept_blocks, token_order
 from cogx_fast.model.tables import Grid
 from cogx_fast.model.transformer import CogVideoXTransformer
 
@@ -179,7 +179,7 @@ def choose_plan(plan: AttentionPlan | str | os.PathLike[str], config: Transforme
     if isinstance(plan, str) and plan in BUILT_IN:
         return BUILT_IN[plan](config)
     if isinstance(plan, str | os.PathLike):
-        from cogx_fast.runtime.plan_file import read_plan
+        from cogx_fast.attention.plan_file import read_plan
 
         if not Path(plan).exists():
             raise PlanError(

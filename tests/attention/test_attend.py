@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from cogx_fast.model.attention import RotaryNorm, attend
-from cogx_fast.model.masks import full_block_mask
+from cogx_fast.attention.attend import RotaryNorm, attend
+from cogx_fast.attention.masks import full_block_mask
 from cogx_fast.model.tables import join_rotary
 from tests.model.pairs import TOLERANCE, call, copy_of, pair
 from tests.support import relative_error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
-from cogx_fast.model.patterns import TokenOrder
+from cogx_fast.attention.windows import TokenOrder
 
 _WHOLE = 1 << 30
 

@@ -1,0 +1,1 @@
+"""Attention: ways to compute it, masks, windows and plans."""
