@@ -16,7 +16,7 @@ from cogx_fast.attention.backends import get_backend
 from cogx_fast.costs import count_tokens, default_video
 from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
 from cogx_fast.runtime.attached import is_from
-from cogx_fast.runtime.choice import AttentionFor
+from cogx_fast.runtime.auto_attention import AttentionFor
 from cogx_fast.runtime.source import check_source
 from cogx_fast.runtime.upstream import model_class
 from cogx_fast.weights.checkpoint import load_checkpoint
@@ -151,7 +151,7 @@ def load(
 
         compile_model(model, CompileConfig() if compile is True else compile)
         if compile_cache is not None:
-            from cogx_fast.runtime.cache import load_compile_cache
+            from cogx_fast.runtime.warm_start import load_compile_cache
 
             load_compile_cache(model, compile_cache)
     return model

@@ -19,7 +19,7 @@ ON_DIFFUSERS = "cogx_fast.runtime.diffusers_model"
 COMPILER = ("torch._dynamo", "torch._inductor")
 COMPILER_OWNERS = (
     "cogx_fast/runtime/compile.py",
-    "cogx_fast/runtime/cache.py",  # what Inductor left on the disk, and where the next process looks for it
+    "cogx_fast/runtime/warm_start.py",  # what Inductor left on the disk, and where the next process looks for it
     "cogx_fast/runtime/package.py",  # compiles ahead of time
     "cogx_fast/runtime/calls.py",  # its part that holds torch's flags during a call
     "cogx_fast/runtime/compiled.py",  # its part that runs what was compiled
@@ -27,7 +27,7 @@ COMPILER_OWNERS = (
     "cogx_fast/runtime/candidates.py",  # its part that says what Inductor times
     "cogx_fast/runtime/merged_loops.py",  # its part that says which loops stay apart
     "cogx_fast/runtime/toolkit.py",  # whether there is what generated code is built with
-    "cogx_fast/runtime/watch.py",  # its part that watches torch compile
+    "cogx_fast/runtime/recompiles.py",  # its part that watches torch compile
     "cogx_fast/runtime/explain/",  # reads what the compiler made of a model: its graphs, schedule and generated code
 )
 

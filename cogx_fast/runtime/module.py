@@ -17,7 +17,7 @@ from cogx_fast.config import ConfigError, TransformerConfig
 from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
 from cogx_fast.runtime import step_cache
 from cogx_fast.runtime.attached import Watch, check_own, check_processor
-from cogx_fast.runtime.choice import AttentionFor, Choice, choose_attention
+from cogx_fast.runtime.auto_attention import AttentionFor, Choice, choose_attention
 from cogx_fast.runtime.inputs import Preparation
 from cogx_fast.runtime.quantized import follow_dtype
 from cogx_fast.runtime.runner import Runner, compute_all
@@ -393,7 +393,7 @@ class CogVideoXModel(CogVideoXTransformer):
     def save_compile_cache(self, path: str | os.PathLike[str]) -> None:
         """Write what compiling this model made, for ``load(..., compile_cache=path)`` to start warm from.
 
-        The file is code for whoever loads it. What decides whether it fits is in ``runtime.cache.describe``.
+        The file is code for whoever loads it. What decides whether it fits is in ``runtime.warm_start.describe``.
 
         Args:
             path: the file; replaced if it is there.
@@ -402,7 +402,7 @@ class CogVideoXModel(CogVideoXTransformer):
             ValueError: the model is not compiled, or was not called yet.
             OSError: it cannot be written.
         """
-        from cogx_fast.runtime.cache import save_compile_cache
+        from cogx_fast.runtime.warm_start import save_compile_cache
 
         save_compile_cache(self, path)
 

@@ -30,7 +30,9 @@ from cogx_fast.attention.attend import Mask, Rotary
 from cogx_fast.attention.masks import LayerBlocks, full_block_mask
 from cogx_fast.model.cpu import has_int8_products
 from cogx_fast.model.products import is_int8_dynamic
-from cogx_fast.runtime.artifact import (
+from cogx_fast.runtime.attached import refuse_inside_package
+from cogx_fast.runtime.candidates import candidates
+from cogx_fast.runtime.code_file import (
     ArtifactError,
     describe_device,
     describe_versions,
@@ -39,10 +41,8 @@ from cogx_fast.runtime.artifact import (
     read_artifact,
     write_artifact,
 )
-from cogx_fast.runtime.attached import refuse_inside_package
-from cogx_fast.runtime.candidates import candidates
-from cogx_fast.runtime.leaves import OTHER_WEIGHTS, Weights, hash_block, leaves, named_weights, unflatten
 from cogx_fast.runtime.runner import CallWith, Runner, Slots
+from cogx_fast.runtime.tensors import OTHER_WEIGHTS, Weights, hash_block, leaves, named_weights, unflatten
 from cogx_fast.runtime.toolkit import build_tools
 from cogx_fast.runtime.upstream import model_class
 

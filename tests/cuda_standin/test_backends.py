@@ -9,9 +9,9 @@ import cogx_fast
 from cogx_fast.attention.plan import choose_plan
 from cogx_fast.config import PRESETS
 from cogx_fast.costs import count_tokens, default_video
-from cogx_fast.runtime import choice
+from cogx_fast.runtime import auto_attention
 from cogx_fast.runtime.compile import CompileConfig
-from cogx_fast.runtime.watch import watch_compilation
+from cogx_fast.runtime.recompiles import watch_compilation
 from tests.cuda_standin.device import FAST, GIB, TENSOR_CARDS, attention_kernels, call, model
 
 LAYERS = 2
@@ -114,10 +114,10 @@ def test_auto_on_turing_takes_what_runs_there():
     assert sum(attention_kernels(call(chosen)).values()) == LAYERS
 
 
-def at_5bs_own_size(*, compiled: bool = False) -> choice.Choice:
+def at_5bs_own_size(*, compiled: bool = False) -> auto_attention.Choice:
     config = PRESETS["5b"]
     shape = (2, count_tokens(config, default_video(config)).joint, config.num_attention_heads, 64)
-    return choice.choose_attention(shape, torch.bfloat16, torch.device("cuda"), compiled=compiled)
+    return auto_attention.choose_attention(shape, torch.bfloat16, torch.device("cuda"), compiled=compiled)
 
 
 @pytest.mark.cards("rtx4060", "rtx3060")
@@ -138,7 +138,7 @@ def test_auto_measures_again_where_memory_was_taken_while_it_measured(monkeypatc
         if not taken:
             taken.append(torch.empty(7 * GIB, dtype=torch.uint8, device=device))
 
-    monkeypatch.setattr(choice, "drop_garbage", take)
+    monkeypatch.setattr(auto_attention, "drop_garbage", take)
     chosen = at_5bs_own_size()
     assert len(chosen.milliseconds) == 1
     assert "failed (out of memory at that moment)" in chosen.reason

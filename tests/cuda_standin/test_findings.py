@@ -19,7 +19,7 @@ import quant
 from benchmarks.standin import journal
 from cogx_fast.runtime.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.watch import watch_compilation
+from cogx_fast.runtime.recompiles import watch_compilation
 from tests.cuda_standin.device import attention_kernels, call, checkpoint, full_width, model
 from tests.support import inputs
 

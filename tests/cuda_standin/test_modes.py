@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.standin import journal
 from cogx_fast.runtime.compile import CompileConfig
-from cogx_fast.runtime.watch import watch_compilation
+from cogx_fast.runtime.recompiles import watch_compilation
 from tests.cuda_standin.device import FAST, FEW_CANDIDATES, attention_kernels, call, model
 from tests.support import inputs
 

@@ -17,7 +17,7 @@ from cogx_fast.generation import Setting, is_compiled, open_pipeline
 from cogx_fast.locate import locate_pipeline
 from cogx_fast.runtime.attached import AttachedError
 from cogx_fast.runtime.compile import CompileConfig
-from cogx_fast.runtime.watch import watch_compilation
+from cogx_fast.runtime.recompiles import watch_compilation
 from tests import pipes
 from tests.cuda_standin.device import FAST, attention_kernels, peak_bytes
 from tests.pipes import FRAMES, HEIGHT, KINDS, WIDTH, make_pipe

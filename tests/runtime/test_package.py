@@ -16,7 +16,7 @@ import torch
 import cogx_fast
 from cogx_fast.loading import load, load_weights
 from cogx_fast.runtime import package as module
-from cogx_fast.runtime.artifact import ArtifactError, read_artifact, write_artifact
+from cogx_fast.runtime.code_file import ArtifactError, read_artifact, write_artifact
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.package import SizeRange, export_package, load_package
 from tests.conftest import Package

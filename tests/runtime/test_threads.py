@@ -15,7 +15,7 @@ import torch
 
 import cogx_fast
 from cogx_fast.runtime.flags import Flags
-from cogx_fast.runtime.watch import RecompileError, RecompileWarning
+from cogx_fast.runtime.recompiles import RecompileError, RecompileWarning
 from tests.support import inputs, small, upstream
 
 CONFIG = small("5b")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogx_fast.runtime import watch
+from cogx_fast.runtime import recompiles
 from cogx_fast.runtime.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.support import inputs, small
@@ -37,8 +37,8 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
     slow.also = lambda: None  # type: ignore[attr-defined]
     registry.register_backend(slow, name="cogx_fast_slow")
-    monkeypatch.setattr(watch, "_FIRST_SHOWN_AFTER", SECONDS / 10)
-    monkeypatch.setattr(watch, "_SHOWN_EVERY", SECONDS / 10)
+    monkeypatch.setattr(recompiles, "_FIRST_SHOWN_AFTER", SECONDS / 10)
+    monkeypatch.setattr(recompiles, "_SHOWN_EVERY", SECONDS / 10)
     yield slow
     registry._BACKENDS.pop("cogx_fast_slow")
     registry._COMPILER_FNS.pop("cogx_fast_slow")
@@ -95,10 +95,10 @@ def test_choices_that_were_timed_are_counted() -> None:
 
     stream = Terminal()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(watch, "_FIRST_SHOWN_AFTER", 0.01)
+        patched.setattr(recompiles, "_FIRST_SHOWN_AFTER", 0.01)
         patched.setitem(counters["inductor"], "select_algorithm_autotune", 5)
         with (
-            watch.show_progress("the model", stream),
+            recompiles.show_progress("the model", stream),
             callback_handler.install_callbacks(CallbackTrigger.DYNAMO, "0/0"),
         ):
             counters["inductor"]["select_algorithm_autotune"] += 2

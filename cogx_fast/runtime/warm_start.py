@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cogx_fast.runtime.artifact import (
+from cogx_fast.runtime.candidates import candidates
+from cogx_fast.runtime.code_file import (
     ArtifactError,
     describe_device,
     describe_versions,
@@ -33,7 +34,6 @@ from cogx_fast.runtime.artifact import (
     read_artifact,
     write_artifact,
 )
-from cogx_fast.runtime.candidates import candidates
 
 if TYPE_CHECKING:
     from cogx_fast.runtime.compile import CompileConfig

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cogx_fast.model.transformer import Block
-from cogx_fast.runtime.leaves import Weights, hash_block, leaves, named_weights, unflatten
+from cogx_fast.runtime.tensors import Weights, hash_block, leaves, named_weights, unflatten
 from tests.support import small
 
 SCHEMES = (None, "int8-dynamic", "int8-weight-only", "fp8-weight-only")

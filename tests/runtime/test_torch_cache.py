@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from cogx_fast.runtime.cachedir import CacheDirectory, storage_error
 from cogx_fast.runtime.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.torch_cache import CacheDirectory, storage_error
 from tests.support import inputs, relative_error, small
 
 
@@ -101,7 +101,7 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a parent in the background has it ignore
 import torch
 from torch._dynamo.callback import callback_handler
-from tests.runtime.test_cachedir import compile_and_call, tiny
+from tests.runtime.test_torch_cache import compile_and_call, tiny
 from tests.support import inputs, relative_error
 torch.manual_seed(0)
 model = tiny()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cogx_fast.runtime.artifact import ArtifactError, differences, read_artifact, write_artifact
+from cogx_fast.runtime.code_file import ArtifactError, differences, read_artifact, write_artifact
 
 MEMBERS = {"a.bin": bytes(range(256)) * 4, "b/c.so": b"\x7fELF" + b"x" * 300}
 

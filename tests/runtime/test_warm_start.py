@@ -14,17 +14,17 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast.runtime import cache
-from cogx_fast.runtime.artifact import read_artifact, write_artifact
-from cogx_fast.runtime.cache import Recorder, load_compile_cache, save_compile_cache
+from cogx_fast.runtime import warm_start
+from cogx_fast.runtime.code_file import read_artifact, write_artifact
 from cogx_fast.runtime.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.warm_start import Recorder, load_compile_cache, save_compile_cache
 from tests.support import inputs, small, upstream
 
 CHILD = """
 import json, sys, time
 import torch, cogx_fast
-from tests.runtime.test_cache import make
+from tests.runtime.test_warm_start import make
 from tests.support import inputs
 layers, heads, quant, bundle = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 begin = time.perf_counter()
@@ -85,7 +85,7 @@ def test_another_process_finds_everything_compiled(bundle: tuple[Path, dict[str,
     assert (warm["autograd_cache_miss"], warm["fxgraph_cache_miss"], warm["autograd_cache_bypass"]) == (0, 0, 0)
     assert warm["autograd_cache_hit"] >= 1
     assert warm["sum"] == cold["sum"]
-    carried = {Path(name).name for name in read_artifact(path, cache.KIND)[1] if name.endswith(".so")}
+    carried = {Path(name).name for name in read_artifact(path, warm_start.KIND)[1] if name.endswith(".so")}
     assert libraries(tmp_path) == carried  # none was built
     assert libraries(path.parent / "cold") == carried
 
@@ -109,7 +109,7 @@ def test_the_first_call_takes_a_quarter_of_a_cold_one(quant: str, tmp_path: Path
 @pytest.fixture
 def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a bundle may be used."""
-    monkeypatch.setattr(cache, "_install", lambda *_: pytest.fail("a refused bundle was used"))
+    monkeypatch.setattr(warm_start, "_install", lambda *_: pytest.fail("a refused bundle was used"))
 
 
 def refused(model: CogVideoXModel, path: Path) -> str:
@@ -140,12 +140,12 @@ def refused(model: CogVideoXModel, path: Path) -> str:
 def test_what_differs_is_named(
     bundle: tuple[Path, dict[str, Any]], model: CogVideoXModel, tmp_path: Path, field: str, value: Any
 ) -> None:
-    manifest, members = read_artifact(bundle[0], cache.KIND)
+    manifest, members = read_artifact(bundle[0], warm_start.KIND)
     target = manifest
     for key in field.split(".")[:-1]:
         target = target[key]
     target[field.split(".")[-1]] = value
-    write_artifact(tmp_path / "m", cache.KIND, manifest, members)
+    write_artifact(tmp_path / "m", warm_start.KIND, manifest, members)
     message = refused(model, tmp_path / "m")
     assert f"{field}: got {value!r}, expected " in message
     assert "compiles anew" in message
@@ -204,8 +204,8 @@ def test_a_damaged_bundle_is_not_used(
 def test_files_may_go_nowhere_else(
     bundle: tuple[Path, dict[str, Any]], model: CogVideoXModel, tmp_path: Path, name: str
 ) -> None:
-    manifest, members = read_artifact(bundle[0], cache.KIND)
-    write_artifact(tmp_path / "m", cache.KIND, manifest, {**members, name: b""})
+    manifest, members = read_artifact(bundle[0], warm_start.KIND)
+    write_artifact(tmp_path / "m", warm_start.KIND, manifest, {**members, name: b""})
     assert "contents no bundle has" in refused(model, tmp_path / "m")
 
 
@@ -252,7 +252,7 @@ def test_only_what_belongs_to_the_model_is_noted() -> None:
         assert (noted(first), noted(second)) == (["first", "shared"], ["shared"])
         everything = [artifact.key for artifact in Manager._seen_artifacts]
         assert everything == ["someone else's", "first", "shared"]  # torch's own list is complete all the same
-        packed = cache._pack(first.artifacts)
+        packed = warm_start._pack(first.artifacts)
         assert b"someone" not in packed
         assert [a.key for a in Manager.deserialize(packed)["aot_autograd"]] == ["first", "shared"]
         assert [artifact.key for artifact in Manager._seen_artifacts] == everything
