@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from benchmarks import environment, gate
-from cogx_fast import bench, timing
-from cogx_fast.bench import OURS, PEER, Contest, Work
 from cogx_fast.config import PRESETS
-from cogx_fast.costs import Tokens
 from cogx_fast.loading import load
+from cogx_fast.measure import contest, timing
+from cogx_fast.measure.contest import OURS, PEER, Contest, Work
+from cogx_fast.measure.costs import Tokens
 from cogx_fast.terminal import Progress, table
 
 EXPECTED = Path(__file__).parent / "expected" / "timing.csv"
@@ -65,12 +65,12 @@ def time_int8(rounds: int, progress: Progress) -> str:
     for width in INT8_WIDTHS:
         config = dataclasses.replace(PRESETS["5b"], **_SMALL | {"num_attention_heads": width // 64, "num_layers": 1})
         work = Work(config=config, tokens=INT8_TOKENS, dtype=torch.float32)
-        arguments = bench.call_arguments(config, work.tokens, work.batch, work.dtype, work.device)
+        arguments = contest.call_arguments(config, work.tokens, work.batch, work.dtype, work.device)
         models = {
-            quant or "fp32": load(bench.random_upstream(work), compile=True, quant=quant)
+            quant or "fp32": load(contest.random_upstream(work), compile=True, quant=quant)
             for quant in (None, "int8-dynamic")
         }
-        steps = {name: functools.partial(bench.run, model, arguments) for name, model in models.items()}
+        steps = {name: functools.partial(contest.run, model, arguments) for name, model in models.items()}
         timing.take_turns(steps, rounds=2)  # compiles
         seconds = timing.take_turns(steps, rounds=rounds, on_round=progress.steps(f"width {width}", rounds))
         milliseconds = (f"{1e3 * timing.median(each).median:.1f}" for each in seconds.values())
@@ -141,7 +141,7 @@ def _measured(ratios: Mapping[str, float]) -> gate.Measured:
 
 def versions() -> dict[str, str]:
     """What the table's ratios depend on."""
-    here = bench.machine(torch.device("cpu"))
+    here = contest.machine(torch.device("cpu"))
     return {
         "torch": here["torch"].partition("+")[0],
         "diffusers": here["diffusers"],

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import drawing, environment
 from benchmarks.stepper import CASES
-from cogx_fast import timing
+from cogx_fast.measure import timing
 from cogx_fast.terminal import table
 
 STEPPER = Path(__file__).with_name("stepper.py")

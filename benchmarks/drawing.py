@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cogx_fast.timing import Interval
+from cogx_fast.measure.timing import Interval
 
 COLOURS = {"ours": "#2463a8", "peer": "#9aa0a6", "other": "#d1651b"}
 

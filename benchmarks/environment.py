@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cogx_fast import bench
+from cogx_fast.measure import contest
 
 ROOT = Path(__file__).resolve().parents[1]
 HISTORY = ROOT / "out" / "benchmarks" / "history.jsonl"
@@ -30,7 +30,7 @@ def snapshot(device: torch.device) -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit,
         "dirty": None if commit is None else bool(_run("git", "status", "--porcelain", cwd=ROOT)),
-        **bench.machine(device),
+        **contest.machine(device),
         "cuda": torch.version.cuda,
         "gpu": _gpu() if device.type == "cuda" else None,
         "cpus": os.cpu_count(),

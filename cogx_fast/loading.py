@@ -13,7 +13,7 @@ from torch import nn
 
 from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.attention.backends import get_backend
-from cogx_fast.costs import count_tokens, default_video
+from cogx_fast.measure.costs import count_tokens, default_video
 from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
 from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.auto_attention import AttentionFor

@@ -28,7 +28,7 @@ COMPILER_OWNERS = (
     "cogx_fast/runtime/merged_loops.py",  # its part that says which loops stay apart
     "cogx_fast/runtime/toolkit.py",  # whether there is what generated code is built with
     "cogx_fast/runtime/recompiles.py",  # its part that watches torch compile
-    "cogx_fast/runtime/explain/",  # reads what the compiler made of a model: its graphs, schedule and generated code
+    "cogx_fast/measure/explain/",  # reads what the compiler made of a model: its graphs, schedule and generated code
 )
 
 

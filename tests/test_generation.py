@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from cogx_fast.config import PRESETS
-from cogx_fast.costs import VideoSize
 from cogx_fast.generation import (
     Request,
     Run,
@@ -21,6 +20,7 @@ from cogx_fast.generation import (
     takes_quant,
 )
 from cogx_fast.locate import locate_pipeline
+from cogx_fast.measure.costs import VideoSize
 from cogx_fast.model import cpu
 
 REQUEST = Request(prompt="a seven", size=VideoSize(frames=1, height=64, width=64), steps=2)

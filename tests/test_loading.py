@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast.costs import count_tokens, default_video
 from cogx_fast.loading import read_device, read_dtype
+from cogx_fast.measure.costs import count_tokens, default_video
 from cogx_fast.model import cpu
 from cogx_fast.model.cpu import SlowDtypeWarning
 from cogx_fast.runtime import module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cogx_fast.config import PRESETS
-from cogx_fast.costs import count_tokens, default_video, memory
+from cogx_fast.measure.costs import count_tokens, default_video, memory
 from cogx_fast.offload import Needs, choose
 
 GIB = 1 << 30

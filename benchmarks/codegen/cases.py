@@ -49,8 +49,8 @@ class Case:
 
 def _sizes(preset: str, tokens: int | None) -> tuple[Any, int]:
     """The model's configuration, and S of the video it is made for unless given."""
-    from cogx_fast import costs
     from cogx_fast.config import PRESETS
+    from cogx_fast.measure import costs
 
     config = PRESETS[preset]
     return config, tokens or costs.count_tokens(config, costs.default_video(config)).joint

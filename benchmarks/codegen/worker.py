@@ -24,7 +24,7 @@ from benchmarks.codegen import inductor, resources, shim
 from benchmarks.codegen.cases import Case
 from benchmarks.codegen.devices import Device, get_device
 from benchmarks.codegen.report import Candidate, CodegenError, Kind, Launch, Report
-from cogx_fast.runtime.explain import traffic
+from cogx_fast.measure.explain import traffic
 
 _CALL = re.compile(r"^\s+(?:\w+ = )?(?:(triton_\w+)\.run|extern_kernels\.(\w+)|torch\.ops\.(\w+\.\w+)\.\w+)\(", re.M)
 _KINDS: dict[str, Kind] = {"poi": "pointwise", "red": "reduction", "per": "persistent", "tem": "template"}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu.cases import BATCH, Case
 from benchmarks.gpu.models import Step, UnsupportedError
-from cogx_fast import devices, roofline, timing
+from cogx_fast.measure import devices, roofline, timing
 
 OURS, PEER = "ours", "peer"
 UNITS = {"bandwidth": "GB/s"}

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.gpu.cases import BATCH, FLEX_OPTIONS, SPARSE, Case
-from cogx_fast import bench, load
+from cogx_fast import load
 from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.attention.masks import full_block_mask
 from cogx_fast.attention.plan import LAST_TIMESTEP
+from cogx_fast.measure import contest
 from cogx_fast.runtime.compile import CompileConfig
 
 DTYPE = torch.bfloat16
@@ -28,7 +29,7 @@ class UnsupportedError(RuntimeError):
 
 def upstream(case: Case, device: torch.device, dtype: torch.dtype = DTYPE) -> Any:
     """diffusers' transformer with random weights, the same every time."""
-    return bench.random_upstream(bench.Work(config=case.config, tokens=case.tokens, dtype=dtype, device=device))
+    return contest.random_upstream(contest.Work(config=case.config, tokens=case.tokens, dtype=dtype, device=device))
 
 
 def perturbed(case: Case, device: torch.device) -> Any:
@@ -44,10 +45,10 @@ def perturbed(case: Case, device: torch.device) -> Any:
 
 def step(model: Any, case: Case, device: torch.device, dtype: torch.dtype = DTYPE, *, dense: bool = False) -> Step:
     """A call of the model with random arguments, the same every time; ``dense``: where sparse plans are dense."""
-    arguments = bench.call_arguments(case.config, case.tokens, BATCH, dtype, device)
+    arguments = contest.call_arguments(case.config, case.tokens, BATCH, dtype, device)
     if dense:
         arguments["timestep"] = torch.full_like(arguments["timestep"], int(LAST_TIMESTEP) - 1)
-    return lambda: bench.run(model, arguments)
+    return lambda: contest.run(model, arguments)
 
 
 def compiled_peer(case: Case, device: torch.device, *, quick: bool) -> Any:

@@ -11,8 +11,8 @@ from benchmarks import drawing
 from benchmarks.gpu import budget
 from benchmarks.gpu.cases import QUICK_MODEL, Case
 from benchmarks.gpu.measure import UNITS
+from cogx_fast.measure.timing import Interval
 from cogx_fast.terminal import table
-from cogx_fast.timing import Interval
 
 HEADER = ("case", "ms", "diffusers, ms", "ratio", "% ceilings", "peak, GiB", "launches", "first call, s", "error")
 

@@ -16,8 +16,8 @@ from benchmarks import environment, gate
 from benchmarks.gpu import measure, models
 from benchmarks.gpu.cases import Case
 from benchmarks.gpu.measure import OURS, PEER, Traffic
-from cogx_fast import devices, timing
 from cogx_fast.attention.backends import BACKENDS
+from cogx_fast.measure import devices, timing
 
 EXPECTED = environment.ROOT / "benchmarks" / "expected" / "gpu"
 MARGINS = {"ratio": "0.04", "percent_of_ceilings": "0.05", "peak_mib": "0.02", "launches": "0"}

@@ -17,7 +17,7 @@ from benchmarks import gate
 from benchmarks.environment import ROOT
 from benchmarks.gpu import measure, suite
 from benchmarks.gpu.cases import MODELS, RECIPES, SPARSE, Case
-from cogx_fast.devices import DEVICES, GIGA, TERA
+from cogx_fast.measure.devices import DEVICES, GIGA, TERA
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs" / "measurements.md"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cogx_fast.devices import DEVICES, Device
+from cogx_fast.measure.devices import DEVICES, Device
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
@@ -30,7 +30,7 @@ class Card:
 
     @classmethod
     def of(cls, device: Device) -> Card:
-        """The card that ``cogx_fast.devices`` describes."""
+        """The card that ``cogx_fast.measure.devices`` describes."""
         return cls(**{name: getattr(device, name) for name in cls.__dataclass_fields__})
 
     def with_memory(self, gib: float) -> Card:
@@ -69,7 +69,7 @@ CARDS: dict[str, Card] = {
         l2_bytes=126 * MIB, memory_bus_bits=8192, clock_khz=1_965_000, memory_clock_khz=3_996_000,
     ),
 }  # fmt: skip
-"""Cards by short name; those of ``cogx_fast.devices`` among them."""
+"""Cards by short name; those of ``cogx_fast.measure.devices`` among them."""
 
 
 def get_card(name: str) -> Card:

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogx_fast import costs
 from cogx_fast.cli.arguments import DTYPE_NAMES, add_command, add_running, add_size, count
 from cogx_fast.cli.task import name_dtype
 from cogx_fast.locate import locate
+from cogx_fast.measure import costs
 from cogx_fast.terminal import Progress, table
 
 if TYPE_CHECKING:
-    from cogx_fast.bench import Contest, Work
+    from cogx_fast.measure.contest import Contest, Work
 
 _WORK = ("model", "frames", "height", "width", "batch", "layers", "dtype", "compile", "attention", "quant", "device")
 """What is measured, in the report's ``work`` and on the command line: a baseline holds for the same of these alone."""
@@ -55,13 +55,13 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast import bench
+    from cogx_fast.measure import contest
 
     baseline = None if arguments.against is None else _read(arguments.against)
     asked = {name: getattr(arguments, name) for name in _WORK} if baseline is None else _same(arguments, baseline)
     work = _work(asked)
-    contest = bench.Contest(work, progress)
-    report: dict[str, Any] = {"work": asked, "machine": bench.machine(work.device), "first_call": contest.first_call}
+    contest = contest.Contest(work, progress)
+    report: dict[str, Any] = {"work": asked, "machine": contest.machine(work.device), "first_call": contest.first_call}
     report |= _measure(contest, arguments.rounds, progress)
     if baseline is not None:
         limit = baseline["ratio"]["median"] * (1 + arguments.margin)
@@ -90,7 +90,7 @@ def verdict(ratio: Mapping[str, float], limit: float) -> str:
 
 def render(report: dict[str, Any]) -> str:
     """The same for people."""
-    from cogx_fast.bench import OURS, PEER
+    from cogx_fast.measure.contest import OURS, PEER
 
     rows = [
         (
@@ -121,7 +121,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _measure(contest: Contest, rounds: int, progress: Progress) -> dict[str, Any]:
-    from cogx_fast import bench, timing
+    from cogx_fast.measure import contest, timing
 
     seconds = contest.run(rounds, progress)
     shares = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
@@ -131,12 +131,13 @@ def _measure(contest: Contest, rounds: int, progress: Progress) -> dict[str, Any
             name: {key: timing.percentile(times, share) for key, share in shares.items()}
             for name, times in seconds.items()
         },
-        "ratio": dataclasses.asdict(timing.ratio(seconds[bench.OURS], seconds[bench.PEER])),
+        "ratio": dataclasses.asdict(timing.ratio(seconds[contest.OURS], seconds[contest.PEER])),
     }
 
 
 def _work(asked: dict[str, Any]) -> Work:
-    from cogx_fast import bench, generation
+    from cogx_fast import generation
+    from cogx_fast.measure import contest
 
     if asked["model"] is None:
         raise ValueError("no model is named: give one, e.g. 5b, or the report of an earlier run with --against")
@@ -147,7 +148,7 @@ def _work(asked: dict[str, Any]) -> Work:
     if asked["layers"] is not None:
         config = dataclasses.replace(config, num_layers=asked["layers"])
     device = generation.choose_device(asked["device"])
-    work = bench.Work(
+    work = contest.Work(
         config=config,
         tokens=costs.count_tokens(config, video, spatial_factor=model.spatial_factor),
         batch=asked["batch"],

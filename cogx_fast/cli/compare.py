@@ -113,7 +113,7 @@ def _refuse_options(arguments: argparse.Namespace) -> None:
 
 def _read_files(paths: tuple[str, str]) -> _Pair:
     from cogx_fast.comparison import Side, check_shapes
-    from cogx_fast.costs import VideoSize
+    from cogx_fast.measure.costs import VideoSize
     from cogx_fast.video import read_rate, read_video
 
     first, second = (

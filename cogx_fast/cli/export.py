@@ -90,7 +90,7 @@ def read_sizes(text: str | None, batch: int, config: TransformerConfig) -> SizeR
     Raises:
         ValueError: it is not written so, or the model cannot make a video of that size.
     """
-    from cogx_fast.costs import choose_video, count_tokens
+    from cogx_fast.measure.costs import choose_video, count_tokens
     from cogx_fast.runtime.package import SizeRange
 
     if text is None:

@@ -47,9 +47,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
     from cogx_fast import generation
-    from cogx_fast.costs import choose_video, count_tokens
-    from cogx_fast.devices import get_device
     from cogx_fast.locate import locate_pipeline
+    from cogx_fast.measure.costs import choose_video, count_tokens
+    from cogx_fast.measure.devices import get_device
     from cogx_fast.recipe_search import find_recipe
 
     out = Path(arguments.out)
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
 
 def _requests(arguments: argparse.Namespace, model: Model) -> list[Request]:
     from cogx_fast import generation
-    from cogx_fast.costs import choose_video
+    from cogx_fast.measure.costs import choose_video
 
     prompts = arguments.prompts or (PROMPTS if arguments.model == "tiny" else ())
     if not prompts:

@@ -68,8 +68,8 @@ def read_task(arguments: argparse.Namespace) -> Task:
         ValueError, OSError: there is no such model, or it cannot do what is asked for.
     """
     from cogx_fast import generation
-    from cogx_fast.costs import choose_video
     from cogx_fast.locate import locate_pipeline
+    from cogx_fast.measure.costs import choose_video
 
     if arguments.model == "tiny":  # which may have to be made
         quiet_bars()

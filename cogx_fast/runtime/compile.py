@@ -87,7 +87,7 @@ def compile_model(
     Args:
         model: changed in place; its modules, names and weights stay as they are. Quantize it first.
         config: scope and options.
-        compiler: in ``torch.compile``'s place, to watch it (``runtime.explain``).
+        compiler: in ``torch.compile``'s place, to watch it (``measure.explain``).
 
     Raises:
         PlanError: (a ValueError) the model has an attention plan, which that backend would ignore.

@@ -25,7 +25,7 @@ from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import StepSchedule, choose_strategy
 
 if TYPE_CHECKING:
-    from cogx_fast.runtime.explain import Explanation
+    from cogx_fast.measure.explain import Explanation
 
 _OF_THE_VIDEO = ("sample_height", "sample_width", "sample_frames", "max_text_seq_length")
 """Fields that pipelines read for their defaults and that no weight depends on, but for learned positions."""
@@ -411,9 +411,9 @@ class CogVideoXModel(CogVideoXTransformer):
 
         Args:
             sizes: (videos in a call, frames, height, width) in pixels; none means the model's own video for two.
-            options: of ``runtime.explain.explain``, which says the rest.
+            options: of ``measure.explain.explain``, which says the rest.
         """
-        from cogx_fast.runtime.explain import explain
+        from cogx_fast.measure.explain import explain
 
         return explain(self, *sizes, **options)
 

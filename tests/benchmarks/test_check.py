@@ -14,8 +14,8 @@ import torch
 import cogx_fast
 from benchmarks import check, compare, environment, gate, stepper
 from benchmarks.stepper import CASES
+from cogx_fast.measure.timing import Interval
 from cogx_fast.model import layers
-from cogx_fast.timing import Interval
 from tests.clock import work_for_time
 
 CASE = "5b-small/fp32/eager"

@@ -14,8 +14,8 @@ from benchmarks.codegen import DEVICES, CodegenError, Report, __main__, inductor
 from benchmarks.codegen.cases import CASES, INT8_OPTIONS, MODELS, RECIPES, Case
 from benchmarks.codegen.devices import get_device
 from benchmarks.codegen.report import Candidate, Launch
-from cogx_fast import costs
 from cogx_fast.config import PRESETS
+from cogx_fast.measure import costs
 
 pytestmark = pytest.mark.timeout(900)  # one test of many waits for the process that compiles for all of them
 Planted = dict[str, "Report | str"]

@@ -21,9 +21,9 @@ from benchmarks.gpu import __main__ as runner
 from benchmarks.gpu import budget, measure, suite, table, wheels
 from benchmarks.gpu.cases import MODELS, RECIPES, Case, plan
 from benchmarks.gpu.measure import OURS, PEER
-from cogx_fast import bench, timing
 from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.attention.plan import BUILT_IN
+from cogx_fast.measure import contest, timing
 from cogx_fast.model import layers
 from tests.conftest import run_cli
 
@@ -172,14 +172,14 @@ def test_another_version_is_not_judged_and_not_recorded(clock: Clock, tmp_path: 
 
 def _run(monkeypatch: pytest.MonkeyPatch, clock: Clock, baselines: Path, forward: Any = HONEST) -> suite.Found:
     """The real case, of which only the times are made up: ours takes 0.8 of diffusers' time."""
-    honest_run = bench.run
+    honest_run = contest.run
 
     def run(model: Any, arguments: Any) -> Tensor:
         clock.now += 0.8 if "cogx_fast" in type(model).__module__ else 1.0
         return honest_run(model, arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "run", run)
+        patch.setattr(contest, "run", run)
         patch.setattr(layers.FeedForward, "forward", forward)
         torch.compiler.reset()
         return _suite(baselines).run(BLOCK)

@@ -14,7 +14,7 @@ from benchmarks.standin import journal
 from benchmarks.standin.build import NATIVE, StandinError, build, environment
 from benchmarks.standin.cards import CARDS, get_card
 from benchmarks.standin.journal import Journal
-from cogx_fast.devices import DEVICES
+from cogx_fast.measure.devices import DEVICES
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gate, structure
 from benchmarks.structure import CASES, Case
-from cogx_fast.runtime.explain import Explanation
+from cogx_fast.measure.explain import Explanation
 from tests.benchmarks import planted
 
 pytestmark = pytest.mark.timeout(900)  # one test waits for every case

@@ -8,7 +8,7 @@ import torch
 import cogx_fast
 from cogx_fast.attention.plan import choose_plan
 from cogx_fast.config import PRESETS
-from cogx_fast.costs import count_tokens, default_video
+from cogx_fast.measure.costs import count_tokens, default_video
 from cogx_fast.runtime import auto_attention
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.recompiles import watch_compilation

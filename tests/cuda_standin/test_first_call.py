@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.standin import journal
-from cogx_fast.bench import call_arguments
-from cogx_fast.costs import count_tokens, default_video
+from cogx_fast.measure.contest import call_arguments
+from cogx_fast.measure.costs import count_tokens, default_video
 from cogx_fast.runtime.compile import compile_model
 from cogx_fast.runtime.recompiles import watch_compilation
 from tests.cuda_standin.device import (

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cogx_fast.runtime.explain.capture import Capture
-from cogx_fast.runtime.explain.report import CacheUse, Explanation, Size
+from cogx_fast.measure.explain.capture import Capture
+from cogx_fast.measure.explain.report import CacheUse, Explanation, Size
 
 if TYPE_CHECKING:
     from cogx_fast.config import TransformerConfig
@@ -179,7 +179,7 @@ def _compile(
 
 
 def _sizes(model: CogVideoXModel, sizes: Sequence[Sequence[int]], factor: int) -> tuple[Size, ...]:
-    from cogx_fast import costs
+    from cogx_fast.measure import costs
 
     if not sizes:
         own = costs.default_video(model.config, spatial_factor=factor)

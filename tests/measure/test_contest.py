@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from cogx_fast import timing
 from cogx_fast.cli.bench import verdict
+from cogx_fast.measure import timing
 from cogx_fast.model import layers
 from tests.clock import work_for_time
 from tests.conftest import report, run_cli

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast import CompileConfig, costs
+from cogx_fast import CompileConfig
+from cogx_fast.measure import costs
+from cogx_fast.measure.explain import Explanation, empty_model, explain
+from cogx_fast.measure.explain.capture import Capture, Clock
 from cogx_fast.runtime.compile import compile_model, watch_compilation
-from cogx_fast.runtime.explain import Explanation, empty_model, explain
-from cogx_fast.runtime.explain.capture import Capture, Clock
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.conftest import report, run_cli
 from tests.support import inputs, small

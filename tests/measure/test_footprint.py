@@ -7,8 +7,8 @@ import itertools
 import pytest
 import sympy
 
-from cogx_fast.runtime.explain import footprint
-from cogx_fast.runtime.explain.footprint import TooManyOffsets, offsets, union
+from cogx_fast.measure.explain import footprint
+from cogx_fast.measure.explain.footprint import TooManyOffsets, offsets, union
 
 a, b, c = sympy.symbols("a b c", integer=True, nonnegative=True)
 FloorDiv, ModularIndexing = sympy.Function("FloorDiv"), sympy.Function("ModularIndexing")

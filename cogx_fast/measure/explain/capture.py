@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from cogx_fast.runtime.explain import traffic
-from cogx_fast.runtime.explain.report import Break, Graph, Kernel, Recompile
+from cogx_fast.measure.explain import traffic
+from cogx_fast.measure.explain.report import Break, Graph, Kernel, Recompile
 
 PHASES = ("dynamo", "aot", "inductor", "build")
 _SERIAL = re.compile(r"_\d+$")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from cogx_fast.runtime.explain.report import Explanation, KindTotal
+from cogx_fast.measure.explain.report import Explanation, KindTotal
 
 _PHASES = {
     "dynamo": "capturing (dynamo)", "aot": "preparing (AOTAutograd)", "inductor": "fusing and writing code (inductor)",

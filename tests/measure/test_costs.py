@@ -10,8 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogx_fast import costs
 from cogx_fast.config import PRESETS, TransformerConfig
+from cogx_fast.measure import costs
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.support import RELEASED, inputs, small
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cogx_fast.runtime.explain.traffic import KINDS
+from cogx_fast.measure.explain.traffic import KINDS
 
 
 class Size(NamedTuple):
@@ -27,7 +27,7 @@ class Size(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
     """One launch of a graph: a generated kernel (on a CPU a loop nest; several may stand in one function) or a call of
-    a library's. Bytes and operations are counted as ``runtime.explain.traffic`` says.
+    a library's. Bytes and operations are counted as ``measure.explain.traffic`` says.
     """
 
     name: str
@@ -188,7 +188,7 @@ class Explanation:
         }
 
     def __str__(self) -> str:
-        from cogx_fast.runtime.explain.text import render
+        from cogx_fast.measure.explain.text import render
 
         return render(self)
 

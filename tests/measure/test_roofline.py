@@ -15,9 +15,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogx_fast import costs, roofline
 from cogx_fast.config import PRESETS
-from cogx_fast.devices import DEVICES
+from cogx_fast.measure import costs, roofline
+from cogx_fast.measure.devices import DEVICES
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.conftest import report, run_cli
 from tests.support import RELEASED, inputs

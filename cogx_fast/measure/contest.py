@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogx_fast import costs, timing
 from cogx_fast.config import TransformerConfig
-from cogx_fast.costs import Tokens
 from cogx_fast.extras import require
 from cogx_fast.loading import load
+from cogx_fast.measure import costs, timing
+from cogx_fast.measure.costs import Tokens
 from cogx_fast.model.tables import rotary_tables
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.terminal import Progress

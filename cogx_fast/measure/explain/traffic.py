@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cogx_fast.runtime.explain.footprint import Runs, TooManyOffsets, offsets, union
+from cogx_fast.measure.explain.footprint import Runs, TooManyOffsets, offsets, union
 
 aten = torch.ops.aten
 
