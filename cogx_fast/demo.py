@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from cogx_fast import quality
 from cogx_fast.assets import CHECKSUMS
-from cogx_fast.comparison import check_dependencies
 from cogx_fast.extras import require
 from cogx_fast.generation import (
     UPSTREAM,
@@ -27,10 +25,12 @@ from cogx_fast.generation import (
 )
 from cogx_fast.locate import locate_pipeline
 from cogx_fast.model.cpu import has_int8_products
-from cogx_fast.plots import Point, plot_speed
 from cogx_fast.runtime.compile import CompilationStats, watch_compilation
 from cogx_fast.terminal import Progress, table
-from cogx_fast.video import check_directory, contact_sheet, write_image, write_video
+from cogx_fast.video import quality
+from cogx_fast.video.compare import check_dependencies
+from cogx_fast.video.files import check_directory, contact_sheet, write_image, write_video
+from cogx_fast.video.plots import Point, plot_speed
 
 FPS = 8
 _FILE_NAMES = {"contact_sheet": "contact sheet", "plot": "plot"}

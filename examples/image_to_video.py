@@ -10,7 +10,7 @@ from diffusers import CogVideoXImageToVideoPipeline
 from PIL import Image
 
 import cogx_fast
-from cogx_fast.video import write_video
+from cogx_fast.video.files import write_video
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("--model", required=True)

@@ -12,7 +12,7 @@ from diffusers import CogVideoXPipeline
 
 import cogx_fast
 from cogx_fast.assets import tiny_pipeline_dir
-from cogx_fast.video import write_video
+from cogx_fast.video.files import write_video
 
 arguments = argparse.ArgumentParser()
 arguments.add_argument("--model", default=str(tiny_pipeline_dir()))

@@ -18,7 +18,7 @@ from cogx_fast.config import PRESETS
 from cogx_fast.generation import Request
 from cogx_fast.measure.costs import VideoSize
 from cogx_fast.model import cpu
-from cogx_fast.video import read_video
+from cogx_fast.video.files import read_video
 from tests.conftest import Finished, report, run_cli
 
 
@@ -120,7 +120,7 @@ def test_quantizing_computes_nothing_in_the_weights_dtype(tmp_path: Path) -> Non
 def test_generate_is_what_diffusers_generates(tmp_path: Path) -> None:
     from diffusers import CogVideoXPipeline
 
-    from cogx_fast import video
+    from cogx_fast.video import files
 
     assert generate(tmp_path / "ours.mp4", "--seed", "3", "--frames", "9", "--dtype", "fp32").status == 0
     pipe = CogVideoXPipeline.from_pretrained(tiny_pipeline_dir())
@@ -129,7 +129,7 @@ def test_generate_is_what_diffusers_generates(tmp_path: Path) -> None:
     frames = pipe(
         "a seven", num_frames=9, num_inference_steps=2, max_sequence_length=8, generator=generator, output_type="np"
     ).frames[0]
-    video.write_video(tmp_path / "theirs.mp4", frames, fps=8)
+    files.write_video(tmp_path / "theirs.mp4", frames, fps=8)
     ours, theirs = read_video(tmp_path / "ours.mp4"), read_video(tmp_path / "theirs.mp4")
     assert np.abs(ours.astype(int) - theirs).max() <= 8
 

@@ -13,7 +13,7 @@ from cogx_fast.assets import CHECKSUMS, digits, tiny_pipeline_dir
 from cogx_fast.demo import Column, DemoResult
 from cogx_fast.generation import Request, Setting
 from cogx_fast.measure.costs import VideoSize
-from cogx_fast.video import read_video
+from cogx_fast.video.files import read_video
 from tests.conftest import Finished, report, run_cli
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast.quality import psnr
 from cogx_fast.runtime.compile import watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.upstream import model_class
+from cogx_fast.video.quality import psnr
 from tests.pipes import KINDS, generate, make_pipe
 
 SAME_VIDEO_DB = 60.0

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import cogx_fast
-from cogx_fast.quality import psnr
 from cogx_fast.runtime.attached import AttachedError
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.video.quality import psnr
 from tests.pipes import generate, make_pipe
 
 CPU = torch.device("cpu")

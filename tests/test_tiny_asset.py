@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast import assets, quality
+from cogx_fast import assets
 from cogx_fast.assets import digits
+from cogx_fast.video import quality
 
 DIRECTORY = Path(assets.__file__).parent / "tiny"
 MOST_BYTES = 16_000_000

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.tiny.assemble import quiet
 from benchmarks.tiny.vae import reconstruction_psnr
-from cogx_fast import quality
 from cogx_fast.assets import digits, tiny_pipeline_dir
+from cogx_fast.video import quality
 
 MAX_TEXT = 8
 

@@ -20,9 +20,9 @@ import cogx_fast
 import quant
 from benchmarks.tiny.assemble import quiet
 from benchmarks.tiny.evaluate import generate
-from cogx_fast import quality
 from cogx_fast.assets import digits, tiny_pipeline_dir
 from cogx_fast.terminal import table
+from cogx_fast.video import quality
 
 BARS = {"weight-only": 35.0, "dynamic": 28.0}
 """Least mean PSNR in dB, by kind of recipe."""

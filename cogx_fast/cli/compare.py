@@ -16,7 +16,7 @@ from cogx_fast.terminal import Progress, table
 
 if TYPE_CHECKING:
     from cogx_fast.cli.task import Task
-    from cogx_fast.comparison import Comparison, Side
+    from cogx_fast.video.compare import Comparison, Side
 
 _NAMES = ("A", "B")
 
@@ -60,8 +60,8 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast.comparison import check_dependencies, compare_videos, write_comparison
-    from cogx_fast.video import check_directory
+    from cogx_fast.video.compare import check_dependencies, compare_videos, write_comparison
+    from cogx_fast.video.files import check_directory
 
     words = (arguments.a, arguments.b)
     kinds = [_is_setting(word) for word in words]
@@ -112,9 +112,9 @@ def _refuse_options(arguments: argparse.Namespace) -> None:
 
 
 def _read_files(paths: tuple[str, str]) -> _Pair:
-    from cogx_fast.comparison import Side, check_shapes
     from cogx_fast.measure.costs import VideoSize
-    from cogx_fast.video import read_rate, read_video
+    from cogx_fast.video.compare import Side, check_shapes
+    from cogx_fast.video.files import read_rate, read_video
 
     first, second = (
         Side(name=name, words=words, frames=read_video(path))
@@ -158,11 +158,11 @@ def _read_tasks(arguments: argparse.Namespace) -> tuple[Task, Task]:
 
 def _generate(tasks: tuple[Task, Task], words: tuple[str, str], progress: Progress) -> _Pair:
     """One after the other, so that there is one model in memory at a time."""
-    from cogx_fast import quality
-    from cogx_fast.comparison import Side
     from cogx_fast.demo import reads_digits
     from cogx_fast.generation import median_step, open_pipeline, run_pipeline
     from cogx_fast.runtime.compile import watch_compilation
+    from cogx_fast.video import quality
+    from cogx_fast.video.compare import Side
 
     quiet_bars()
     pipe, opened = None, None

@@ -30,10 +30,11 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast import generation, video
+    from cogx_fast import generation
     from cogx_fast.runtime.compile import watch_compilation
+    from cogx_fast.video import files
 
-    out = video.check_writable(arguments.out, ".mp4")
+    out = files.check_writable(arguments.out, ".mp4")
     require("imageio_ffmpeg", why="to write videos")
     task = read_task(arguments)
     model, request, device = task.model, task.request, task.device
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         run = generation.run_pipeline(pipe, request, on_step=progress.steps("denoising", request.steps))
     progress.stage("writing the video")
     assert run.frames is not None
-    video.write_video(out, run.frames, fps=task.fps)
+    files.write_video(out, run.frames, fps=task.fps)
     report = {
         "out": str(out),
         **{"model": arguments.model, "pipeline_class": model.pipeline_class},

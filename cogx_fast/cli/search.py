@@ -144,7 +144,7 @@ def _samples(
 def _check(pipe: Any, outcome: Outcome, request: Request) -> float:
     """PSNR in dB of a video made with the recipe, to the one without."""
     from cogx_fast.generation import run_pipeline
-    from cogx_fast.quality import psnr
+    from cogx_fast.video.quality import psnr
     from quant.sensitivity import quantized
 
     expected = run_pipeline(pipe, request).frames
@@ -192,7 +192,7 @@ def _report(arguments: argparse.Namespace, outcome: Outcome, model: Any, samples
 def _plot(report: dict[str, Any], path: Path) -> str | None:
     """The picture's path; None where what draws it is not installed."""
     from cogx_fast.extras import MissingDependencyError
-    from cogx_fast.plots import Mix, plot_mixes
+    from cogx_fast.video.plots import Mix, plot_mixes
 
     def mix(each: dict[str, Any]) -> Mix:
         decibels = each["noise_sqnr_db"]

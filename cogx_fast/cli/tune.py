@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
 
 
 def _draw(found: Found, model: str) -> Any:
-    from cogx_fast.plots import plot_schedule
+    from cogx_fast.video.plots import plot_schedule
 
     return plot_schedule(
         found.bounds, found.schedule.blocks, error=found.schedule.error or 0.0, title=f"Which steps to compute: {model}"

@@ -11,7 +11,7 @@ import torch
 
 import quant
 from benchmarks.tiny import quantized
-from cogx_fast import quality
+from cogx_fast.video import quality
 from quant.recipe import SHIPPED
 
 

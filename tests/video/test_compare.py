@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cogx_fast import comparison, plots, quality
 from cogx_fast.assets import CHECKSUMS, tiny_pipeline_dir
-from cogx_fast.video import read_video, write_video
+from cogx_fast.video import compare, plots, quality
+from cogx_fast.video.files import read_video, write_video
 from tests.conftest import Finished, report, run_cli
 
 CLIP = np.random.default_rng(0).integers(40, 200, (9, 32, 48, 3), dtype=np.uint8)
@@ -46,7 +46,7 @@ def compare_settings(first: str, second: str, out: Path, *more: str) -> Finished
 
 
 def test_figures() -> None:
-    found = comparison.compare_videos(changed(), CLIP)
+    found = compare.compare_videos(changed(), CLIP)
     assert found.psnr_db == quality.psnr(changed(), CLIP)
     assert found.ssim == pytest.approx(quality.ssim(changed(), CLIP))
     assert (found.worst, found.identical_frames) == (8, 1)
@@ -54,19 +54,19 @@ def test_figures() -> None:
     assert [frame for frame, _ in found.frames][1:] == pytest.approx(psnr)
     assert found.mean_psnr_db == pytest.approx(np.mean(psnr))
     assert found.steadiness is not None
-    same = comparison.compare_videos(CLIP[:1], CLIP[:1])
+    same = compare.compare_videos(CLIP[:1], CLIP[:1])
     assert (same.psnr_db, same.mean_psnr_db, same.ssim, same.steadiness) == (np.inf, np.inf, 1.0, None)
 
 
 def test_differences_are_made_visible() -> None:
-    off, gain = comparison.difference(changed(), CLIP)
+    off, gain = compare.difference(changed(), CLIP)
     assert gain == 16
     assert np.array_equal(off[:, 0, 0, 0], 16 * np.arange(9))
-    assert comparison.difference(CLIP, CLIP)[0].max() == 0
-    assert comparison.difference(np.zeros_like(CLIP), np.full_like(CLIP, 255))[1] == 1
+    assert compare.difference(CLIP, CLIP)[0].max() == 0
+    assert compare.difference(np.zeros_like(CLIP), np.full_like(CLIP, 255))[1] == 1
     one = CLIP.copy()
     one[0, 0, 0, 0] += 1
-    assert comparison.difference(one / np.float32(255), CLIP)[0].max() == 64
+    assert compare.difference(one / np.float32(255), CLIP)[0].max() == 64
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from cogx_fast import quality
 from cogx_fast.assets import digits
 from cogx_fast.extras import MissingDependencyError
+from cogx_fast.video import quality
 
 
 @pytest.fixture(scope="module")

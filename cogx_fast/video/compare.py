@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cogx_fast import plots, quality
 from cogx_fast.extras import require
 from cogx_fast.measure.costs import VideoSize
-from cogx_fast.video import Frames, contact_sheet, side_by_side, to_bytes, write_image, write_video
+from cogx_fast.video import plots, quality
+from cogx_fast.video.files import Frames, contact_sheet, side_by_side, to_bytes, write_image, write_video
 
 _MOST_GAIN = 64
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogx_fast import video
-from cogx_fast.quality import psnr
+from cogx_fast.video import files
+from cogx_fast.video.quality import psnr
 
 
-def _ramp(length: int = 17, height: int = 64, width: int = 96) -> video.Frames:
+def _ramp(length: int = 17, height: int = 64, width: int = 96) -> files.Frames:
     """A bright square that moves to the right over a gradient."""
     frames = np.zeros((length, height, width, 3), dtype=np.float32)
     frames += np.linspace(0, 0.5, width, dtype=np.float32)[None, None, :, None]
@@ -21,8 +21,8 @@ def _ramp(length: int = 17, height: int = 64, width: int = 96) -> video.Frames:
 
 def test_a_video_is_what_was_written(tmp_path: Path) -> None:
     frames = _ramp()
-    video.write_video(tmp_path / "video.mp4", frames, fps=8)
-    read = video.read_video(tmp_path / "video.mp4")
+    files.write_video(tmp_path / "video.mp4", frames, fps=8)
+    read = files.read_video(tmp_path / "video.mp4")
     assert read.shape == (17, 64, 96, 3)
     assert read.dtype == np.uint8
     assert psnr(read / 255, frames) > 30
@@ -35,41 +35,41 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     path.write_bytes(b"old")
     frames = _ramp()
 
-    def failing(_: video.Frames) -> list[video.Frames]:
+    def failing(_: files.Frames) -> list[files.Frames]:
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr(video, "to_bytes", failing)
+    monkeypatch.setattr(files, "to_bytes", failing)
     with pytest.raises(RuntimeError, match="stopped"):
-        video.write_video(path, frames, fps=8)
+        files.write_video(path, frames, fps=8)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["video.mp4"]
 
 
 def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
-    video.write_video(tmp_path / "video.mp4", _ramp(2), fps=8)
+    files.write_video(tmp_path / "video.mp4", _ramp(2), fps=8)
     assert (tmp_path / "video.mp4").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # imageio-ffmpeg: pipes left to the garbage collector
 def test_files_that_are_no_video(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not there"):
-        video.read_video(tmp_path / "video.mp4")
+        files.read_video(tmp_path / "video.mp4")
     (tmp_path / "video.mp4").write_text("no video")
     with pytest.raises(OSError, match="cannot be read as one: give a whole"):
-        video.read_video(tmp_path / "video.mp4")
+        files.read_video(tmp_path / "video.mp4")
 
 
 def test_a_rate_is_what_was_written(tmp_path: Path) -> None:
-    video.write_video(tmp_path / "video.mp4", _ramp(3), fps=12)
-    assert video.read_rate(tmp_path / "video.mp4") == 12
+    files.write_video(tmp_path / "video.mp4", _ramp(3), fps=12)
+    assert files.read_rate(tmp_path / "video.mp4") == 12
 
 
 @pytest.mark.parametrize(("size", "scale"), [((64, 96), 4), ((75, 33), 7), ((300, 400), 1)])
 def test_side_by_side_shows_both_whole(size: tuple[int, int], scale: int) -> None:
     frames = np.zeros((2, *size, 3), dtype=np.uint8)
     red, green = frames + np.uint8([255, 0, 0]), frames + np.uint8([0, 255, 0])
-    both = video.side_by_side([("a name × " * 20, red), ("green", green / np.float32(255))])
+    both = files.side_by_side([("a name × " * 20, red), ("green", green / np.float32(255))])
     assert both.shape[0] == 2
     assert (both.shape[1] % 2, both.shape[2] % 2, both.dtype) == (0, 0, np.uint8)
     for colour in ((255, 0, 0), (0, 255, 0)):
@@ -83,8 +83,8 @@ def test_contact_sheet_shows_each_video(tmp_path: Path) -> None:
     red = np.zeros_like(frames)
     red[..., 0] = 1.0
     rows = [("diffusers", "1.0 s", frames), ("cogx_fast", "0.5 s\nshows seven", red)]
-    sheet = video.contact_sheet(rows, title="a prompt " * 100, note="a note", fps=8, columns=5)
-    video.write_image(tmp_path / "sheet.png", sheet)
+    sheet = files.contact_sheet(rows, title="a prompt " * 100, note="a note", fps=8, columns=5)
+    files.write_image(tmp_path / "sheet.png", sheet)
     with Image.open(tmp_path / "sheet.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     assert pixels.shape[1] > 5 * 96
@@ -96,17 +96,17 @@ def test_contact_sheet_shows_each_video(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "cell"), [((64, 64), (128, 128)), ((480, 720), (240, 160)), ((200, 100), (100, 200))])
 def test_cells_are_neither_tiny_nor_huge(size: tuple[int, int], cell: tuple[int, int]) -> None:
     height, width = size
-    assert video._cell_size(width, height) == cell
+    assert files._cell_size(width, height) == cell
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a name that ends in \.mp4"):
-        video.check_writable(tmp_path / "video.avi", ".mp4")
+        files.check_writable(tmp_path / "video.avi", ".mp4")
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(IsADirectoryError, match="is a directory"):
-        video.check_writable(tmp_path / "folder.mp4", ".mp4")
+        files.check_writable(tmp_path / "folder.mp4", ".mp4")
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot write to"):
-        video.check_writable(tmp_path / "file" / "video.mp4", ".mp4")
-    assert video.check_writable(tmp_path / "new" / "deep" / "video.mp4", ".mp4").parent.is_dir()
+        files.check_writable(tmp_path / "file" / "video.mp4", ".mp4")
+    assert files.check_writable(tmp_path / "new" / "deep" / "video.mp4", ".mp4").parent.is_dir()
     assert os.listdir(tmp_path / "new" / "deep") == []

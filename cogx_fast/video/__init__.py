@@ -1,0 +1,1 @@
+"""Videos as files, and how good they are."""
