@@ -2,7 +2,7 @@
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.loading import load
-from cogx_fast.pipelines import accelerate
+from cogx_fast.pipelines.accelerate import accelerate
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.package import load_package
 from cogx_fast.weights.lora import Lora

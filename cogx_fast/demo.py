@@ -12,7 +12,8 @@ import torch
 
 from cogx_fast.assets import CHECKSUMS
 from cogx_fast.extras import require
-from cogx_fast.generation import (
+from cogx_fast.model.cpu import has_int8_products
+from cogx_fast.pipelines.generation import (
     UPSTREAM,
     Request,
     Run,
@@ -23,8 +24,7 @@ from cogx_fast.generation import (
     takes_quant,
     truncation_warning,
 )
-from cogx_fast.locate import locate_pipeline
-from cogx_fast.model.cpu import has_int8_products
+from cogx_fast.pipelines.locate import locate_pipeline
 from cogx_fast.runtime.compile import CompilationStats, watch_compilation
 from cogx_fast.terminal import Progress, table
 from cogx_fast.video import quality

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cogx_fast.config import HUB_IDS, TransformerConfig
-from cogx_fast.locate import Model, read_stored_weights
 from cogx_fast.measure import costs
 from cogx_fast.measure.costs import VideoSize
+from cogx_fast.pipelines.locate import Model, read_stored_weights
 from cogx_fast.terminal import scaled, table
 
 

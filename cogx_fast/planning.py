@@ -27,7 +27,7 @@ from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.runner import Runner
 
 if TYPE_CHECKING:
-    from cogx_fast.generation import Request
+    from cogx_fast.pipelines.generation import Request
 
 CANDIDATES: tuple[Pattern, ...] = (
     *(Pattern(kind="spatial", frames=frames) for frames in (0, 1)),
@@ -86,7 +86,7 @@ def find_plan(
     Raises:
         PlanError: (a ValueError) there is nothing to look at, or the pipeline's transformer is not as said above.
     """
-    from cogx_fast.generation import run_pipeline
+    from cogx_fast.pipelines.generation import run_pipeline
 
     model = pipe.transformer
     if not isinstance(model, CogVideoXModel) or type(model.runner) is not Runner or model.attention_plan is not None:

@@ -23,8 +23,8 @@ from cogx_fast.measure.devices import Device
 from cogx_fast.measure.roofline import SCHEMES, UNQUANTIZED, Part
 
 if TYPE_CHECKING:
-    from cogx_fast.generation import Request
     from cogx_fast.measure.costs import Tokens
+    from cogx_fast.pipelines.generation import Request
     from quant import Recipe
     from quant.calibration import Sample
     from quant.search import Found, Mix
@@ -105,7 +105,7 @@ def calibrate(
         samples: how many to keep, about.
         on_step: told the number of steps done.
     """
-    from cogx_fast.generation import run_pipeline
+    from cogx_fast.pipelines.generation import run_pipeline
     from quant.calibration import recording
 
     done = 0

@@ -29,8 +29,8 @@ from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import FORECASTS, Forecast, Given, StepCacheError, StepSchedule
 
 if TYPE_CHECKING:
-    from cogx_fast.generation import Request
     from cogx_fast.model.transformer import CogVideoXTransformer
+    from cogx_fast.pipelines.generation import Request
 
 Errors = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -72,7 +72,7 @@ def find_schedule(
         StepCacheError: (a ValueError) the pipeline or the requests are not as said above, or the file is of another
             search.
     """
-    from cogx_fast.generation import run_pipeline
+    from cogx_fast.pipelines.generation import run_pipeline
 
     model = pipe.transformer
     plain = isinstance(model, CogVideoXModel) and type(model.runner) is Runner and model.runner.slots == Slots()

@@ -15,9 +15,9 @@ import cogx_fast
 from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.cli.output import quiet_libraries
 from cogx_fast.config import PRESETS
-from cogx_fast.generation import Request
 from cogx_fast.measure.costs import VideoSize
 from cogx_fast.model import cpu
+from cogx_fast.pipelines.generation import Request
 from cogx_fast.video.files import read_video
 from tests.conftest import Finished, report, run_cli
 
@@ -76,7 +76,7 @@ def test_every_option_reaches_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
         dtypes.append(pipe.transformer.dtype)
         raise Stop
 
-    monkeypatch.setattr("cogx_fast.generation.run_pipeline", run_pipeline)
+    monkeypatch.setattr("cogx_fast.pipelines.generation.run_pipeline", run_pipeline)
     options = ("--seed", "3", "--guidance", "1.5", "--negative-prompt", "a six", "--frames", "5", "--width", "80")
     assert generate(tmp_path / "video.mp4", *options).status == 1
     assert seen == [
@@ -181,7 +181,7 @@ def test_a_failed_generation_leaves_the_old_video(tmp_path: Path, monkeypatch: p
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("cogx_fast.generation.run_pipeline", fail)
+    monkeypatch.setattr("cogx_fast.pipelines.generation.run_pipeline", fail)
     (tmp_path / "video.mp4").write_bytes(b"old")
     finished = generate(tmp_path / "video.mp4")
     assert (finished.status, finished.out) == (1, "")

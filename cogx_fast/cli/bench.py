@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cogx_fast.cli.arguments import DTYPE_NAMES, add_command, add_running, add_size, count
 from cogx_fast.cli.task import name_dtype
-from cogx_fast.locate import locate
 from cogx_fast.measure import costs
+from cogx_fast.pipelines.locate import locate
 from cogx_fast.terminal import Progress, table
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def _measure(contest: Contest, rounds: int, progress: Progress) -> dict[str, Any
 
 
 def _work(asked: dict[str, Any]) -> Work:
-    from cogx_fast import generation
     from cogx_fast.measure import contest
+    from cogx_fast.pipelines import generation
 
     if asked["model"] is None:
         raise ValueError("no model is named: give one, e.g. 5b, or the report of an earlier run with --against")

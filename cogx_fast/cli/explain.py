@@ -51,10 +51,10 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast.generation import DTYPES, choose_device
-    from cogx_fast.locate import locate, locate_pipeline
     from cogx_fast.measure import costs
     from cogx_fast.measure.explain import empty_model, explain
+    from cogx_fast.pipelines.generation import DTYPES, choose_device
+    from cogx_fast.pipelines.locate import locate, locate_pipeline
     from cogx_fast.runtime.compile import CompileConfig
 
     model = locate_pipeline("tiny") if arguments.model == "tiny" else locate(arguments.model)

@@ -13,7 +13,7 @@ from cogx_fast.extras import require
 from cogx_fast.terminal import Progress
 
 if TYPE_CHECKING:
-    from cogx_fast.generation import Run
+    from cogx_fast.pipelines.generation import Run
 
 
 def add(commands: Any) -> None:
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast import generation
+    from cogx_fast.pipelines import generation
     from cogx_fast.runtime.compile import watch_compilation
     from cogx_fast.video import files
 
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
 
 
 def _seconds(run: Run, load: float, compiling: float) -> dict[str, float | None]:
-    from cogx_fast.generation import median_step
+    from cogx_fast.pipelines.generation import median_step
 
     return {
         "load": load,

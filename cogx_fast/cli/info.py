@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
     from cogx_fast.info import describe, render
-    from cogx_fast.locate import locate
+    from cogx_fast.pipelines.locate import locate
 
     model = locate(arguments.model)
     facts = describe(

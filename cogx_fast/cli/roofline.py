@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cogx_fast.cli.arguments import add_command, add_size, count
-from cogx_fast.locate import locate
 from cogx_fast.measure import costs, roofline
 from cogx_fast.measure.costs import VideoSize
 from cogx_fast.measure.devices import DEVICES, get_device
+from cogx_fast.pipelines.locate import locate
 from cogx_fast.terminal import Progress, scaled, table
 
 

@@ -13,8 +13,8 @@ from cogx_fast.cli.output import finite, note, quiet_bars, warn
 from cogx_fast.terminal import Progress, table
 
 if TYPE_CHECKING:
-    from cogx_fast.generation import Request
-    from cogx_fast.locate import Model
+    from cogx_fast.pipelines.generation import Request
+    from cogx_fast.pipelines.locate import Model
     from cogx_fast.recipe_search import Outcome
     from quant.calibration import Sample
 
@@ -46,10 +46,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast import generation
-    from cogx_fast.locate import locate_pipeline
     from cogx_fast.measure.costs import choose_video, count_tokens
     from cogx_fast.measure.devices import get_device
+    from cogx_fast.pipelines import generation
+    from cogx_fast.pipelines.locate import locate_pipeline
     from cogx_fast.recipe_search import find_recipe
 
     out = Path(arguments.out)
@@ -105,8 +105,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
 
 
 def _requests(arguments: argparse.Namespace, model: Model) -> list[Request]:
-    from cogx_fast import generation
     from cogx_fast.measure.costs import choose_video
+    from cogx_fast.pipelines import generation
 
     prompts = arguments.prompts or (PROMPTS if arguments.model == "tiny" else ())
     if not prompts:
@@ -143,7 +143,7 @@ def _samples(
 
 def _check(pipe: Any, outcome: Outcome, request: Request) -> float:
     """PSNR in dB of a video made with the recipe, to the one without."""
-    from cogx_fast.generation import run_pipeline
+    from cogx_fast.pipelines.generation import run_pipeline
     from cogx_fast.video.quality import psnr
     from quant.sensitivity import quantized
 

@@ -14,8 +14,8 @@ from cogx_fast.cli.output import quiet_bars
 if TYPE_CHECKING:
     import torch
 
-    from cogx_fast.generation import Request, Setting
-    from cogx_fast.locate import Model
+    from cogx_fast.pipelines.generation import Request, Setting
+    from cogx_fast.pipelines.locate import Model
 
 _SWITCH = {"on": True, "off": False}
 
@@ -32,7 +32,7 @@ class Task:
 
     def facts(self, pipe: Any) -> dict[str, Any]:
         """What a setting can change, as it is with the pipeline that was opened."""
-        from cogx_fast import generation
+        from cogx_fast.pipelines import generation
 
         return {
             "transformer": self.setting.transformer,
@@ -50,7 +50,7 @@ class Task:
 
     def warnings(self, pipe: Any) -> list[str]:
         """What to tell before it runs."""
-        from cogx_fast import generation
+        from cogx_fast.pipelines import generation
 
         notes = [
             generation.dtype_warning(self.model, self.setting, self.device),
@@ -67,9 +67,9 @@ def read_task(arguments: argparse.Namespace) -> Task:
     Raises:
         ValueError, OSError: there is no such model, or it cannot do what is asked for.
     """
-    from cogx_fast import generation
-    from cogx_fast.locate import locate_pipeline
     from cogx_fast.measure.costs import choose_video
+    from cogx_fast.pipelines import generation
+    from cogx_fast.pipelines.locate import locate_pipeline
 
     if arguments.model == "tiny":  # which may have to be made
         quiet_bars()
@@ -120,7 +120,7 @@ def change_task(task: Task, text: str, *, compile: bool | None = None) -> Task:
     Raises:
         ValueError: it is not written so, or a key or value is unknown; the message says what there is.
     """
-    from cogx_fast import generation
+    from cogx_fast.pipelines import generation
 
     keys = _keys()
     settings: dict[str, Any] = {}
@@ -159,14 +159,14 @@ def _lora(text: str) -> tuple[str, float]:
 
 def name_dtype(dtype: torch.dtype) -> str:
     """A dtype as the command line calls it."""
-    from cogx_fast.generation import DTYPES
+    from cogx_fast.pipelines.generation import DTYPES
 
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
 def _keys() -> dict[str, Callable[[str], Any]]:
     """What a setting can change, and how each value is read."""
-    from cogx_fast import generation
+    from cogx_fast.pipelines import generation
 
     keys: dict[str, Callable[[str], Any]] = {
         "transformer": lambda text: _one_of((generation.OURS, generation.UPSTREAM), text),

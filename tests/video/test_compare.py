@@ -210,7 +210,7 @@ def test_every_setting_reaches_the_run(tmp_path: Path, monkeypatch: pytest.Monke
         opened.append(setting)
         raise Stop
 
-    monkeypatch.setattr("cogx_fast.generation.open_pipeline", open_pipeline)
+    monkeypatch.setattr("cogx_fast.pipelines.generation.open_pipeline", open_pipeline)
     changes = "transformer=cogx_fast,dtype=bf16,compile=on,attention=flex"
     assert compare_settings(changes, "steps=3", tmp_path).status == 1
     assert compare_settings("transformer=diffusers", "steps=3", tmp_path, "--compile").status == 1
@@ -223,6 +223,6 @@ def test_every_setting_reaches_the_run(tmp_path: Path, monkeypatch: pytest.Monke
         raise Stop
 
     monkeypatch.undo()
-    monkeypatch.setattr("cogx_fast.generation.run_pipeline", run_pipeline)
+    monkeypatch.setattr("cogx_fast.pipelines.generation.run_pipeline", run_pipeline)
     assert compare_settings("steps=7,guidance=1.5,seed=3", "steps=3", tmp_path).status == 1
     assert [(request.steps, request.guidance, request.seed) for request in asked] == [(7, 1.5, 3)]

@@ -240,7 +240,7 @@ def test_emulations_are_not_stored(tmp_path):
 
 
 def test_info_counts_parameters_not_what_they_are_stored_as(int8):
-    from cogx_fast.locate import locate, read_stored_weights
+    from cogx_fast.pipelines.locate import locate, read_stored_weights
 
     model, directory = int8
     stored = read_stored_weights(locate(str(directory)))

@@ -19,10 +19,10 @@ import torch
 from cogx_fast.attention.backends import get_backend
 from cogx_fast.config import TransformerConfig
 from cogx_fast.extras import require
-from cogx_fast.locate import Model, read_stored_weights
 from cogx_fast.measure.costs import VideoSize, count_tokens
 from cogx_fast.model.cpu import HALF, computes, slow_dtype
-from cogx_fast.offload import OFFLOADS, estimate, place
+from cogx_fast.pipelines.locate import Model, read_stored_weights
+from cogx_fast.pipelines.memory import OFFLOADS, estimate, place
 from cogx_fast.video.files import Frames
 from cogx_fast.weights.headers import FLOATING
 from cogx_fast.weights.sources import resolve

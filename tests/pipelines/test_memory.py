@@ -6,7 +6,7 @@ import pytest
 
 from cogx_fast.config import PRESETS
 from cogx_fast.measure.costs import count_tokens, default_video, memory
-from cogx_fast.offload import Needs, choose
+from cogx_fast.pipelines.memory import Needs, choose
 
 GIB = 1 << 30
 TEXT_ENCODER, VAE = 8.87, 0.41
@@ -65,7 +65,7 @@ def test_what_is_asked_for_is_done(kind: str, tiled: bool) -> None:
 
 
 def test_an_unknown_layout_is_named() -> None:
-    from cogx_fast.generation import Setting
+    from cogx_fast.pipelines.generation import Setting
 
     with pytest.raises(ValueError, match="offload is 'disk', expected None or one of none, model, sequential"):
         Setting(offload="disk")

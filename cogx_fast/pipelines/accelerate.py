@@ -8,7 +8,7 @@ from torch import nn
 
 from cogx_fast.config import UPSTREAM_CLASS
 from cogx_fast.loading import load
-from cogx_fast.placement import Placement
+from cogx_fast.pipelines.placement import Placement
 
 Pipeline = TypeVar("Pipeline")
 

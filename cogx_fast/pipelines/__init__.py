@@ -1,0 +1,1 @@
+"""diffusers' pipelines: found, opened, given our transformer, run."""
