@@ -124,7 +124,7 @@ SHAPES = ("near", "uniform", "random", "far", "first")
 
 def shape_errors(*, rows: int = 128) -> Iterator[Row]:
     """The relative error of a head's output under every pattern, for every synthetic kind of attention."""
-    from cogx_fast.planning import masked_outputs
+    from cogx_fast.tune.attention import masked_outputs
 
     for model, grid in GRIDS.items():
         boxes = block_boxes(grid, AttentionPlan.tile, TEXT, AttentionPlan.block_size)
@@ -154,8 +154,8 @@ def tiny_videos(*, steps: int = 20, every: int = 3) -> Iterator[Row]:
     from cogx_fast.assets import digits, tiny_pipeline_dir
     from cogx_fast.measure.costs import VideoSize
     from cogx_fast.pipelines.generation import Request, quiet
-    from cogx_fast.planning import find_plan
     from cogx_fast.runtime.compile import CompileConfig, compile_model
+    from cogx_fast.tune.attention import find_plan
     from cogx_fast.video import quality
 
     warnings.filterwarnings("ignore")

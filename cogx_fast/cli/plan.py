@@ -11,7 +11,7 @@ from cogx_fast.cli.output import note, quiet_bars, warn
 from cogx_fast.terminal import Progress, table
 
 if TYPE_CHECKING:
-    from cogx_fast.planning import Finding
+    from cogx_fast.tune.attention import Finding
 
 
 def add(commands: Any) -> None:
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     from cogx_fast.measure.costs import choose_video
     from cogx_fast.pipelines import generation
     from cogx_fast.pipelines.locate import locate_pipeline
-    from cogx_fast.planning import find_plan
+    from cogx_fast.tune.attention import find_plan
 
     out = Path(arguments.out)
     if out.suffix != ".toml":

@@ -15,7 +15,7 @@ from cogx_fast.terminal import Progress, table
 if TYPE_CHECKING:
     from cogx_fast.pipelines.generation import Request
     from cogx_fast.pipelines.locate import Model
-    from cogx_fast.recipe_search import Outcome
+    from cogx_fast.tune.recipe import Outcome
     from quant.calibration import Sample
 
 PROMPTS = ("the digit seven moving left", "the digit two moving up")
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     from cogx_fast.measure.devices import get_device
     from cogx_fast.pipelines import generation
     from cogx_fast.pipelines.locate import locate_pipeline
-    from cogx_fast.recipe_search import find_recipe
+    from cogx_fast.tune.recipe import find_recipe
 
     out = Path(arguments.out)
     if out.suffix != ".toml" or arguments.budget is None:
@@ -123,7 +123,7 @@ def _samples(
     pipe: Any, requests: list[Request], arguments: argparse.Namespace, path: Path, progress: Progress
 ) -> list[Sample]:
     """Calibration inputs: those of an earlier, equal search, or new ones, which are kept."""
-    from cogx_fast.recipe_search import calibrate
+    from cogx_fast.tune.recipe import calibrate
     from quant.calibration import load_calibration, save_calibration
 
     about = {
@@ -156,7 +156,7 @@ def _check(pipe: Any, outcome: Outcome, request: Request) -> float:
 
 
 def _report(arguments: argparse.Namespace, outcome: Outcome, model: Any, samples: int) -> dict[str, Any]:
-    from cogx_fast.recipe_search import finite_db, stored_bytes
+    from cogx_fast.tune.recipe import finite_db, stored_bytes
 
     searched = outcome.searched
     whole = stored_bytes(model, {}, searched)

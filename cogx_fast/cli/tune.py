@@ -11,7 +11,7 @@ from cogx_fast.cli.output import note, quiet_bars, warn
 from cogx_fast.terminal import Progress, table
 
 if TYPE_CHECKING:
-    from cogx_fast.step_search import Found
+    from cogx_fast.tune.steps import Found
 
 
 def add(commands: Any) -> None:
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     from cogx_fast.pipelines.locate import locate_pipeline
     from cogx_fast.runtime.step_schedule import FORECASTS
     from cogx_fast.runtime.step_schedule_file import write_schedule
-    from cogx_fast.step_search import find_schedule
+    from cogx_fast.tune.steps import find_schedule
 
     out = Path(arguments.out)
     if out.suffix != ".toml":

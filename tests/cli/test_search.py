@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import quant
-from cogx_fast import recipe_search
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.tune import recipe as recipe_search
 from quant import sensitivity
 from tests.conftest import report, run_cli
 from tests.support import small

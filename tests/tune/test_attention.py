@@ -19,8 +19,8 @@ from cogx_fast.attention.windows import Pattern
 from cogx_fast.measure.costs import VideoSize
 from cogx_fast.model.transformer import Attention
 from cogx_fast.pipelines.generation import Request, quiet
-from cogx_fast.planning import Finding, find_plan, masked_outputs
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.tune.attention import Finding, find_plan, masked_outputs
 from tests.attention.test_masks import BLOCK, masks
 from tests.attention.test_plan import written_out
 from tests.attention.test_windows import PATTERNS

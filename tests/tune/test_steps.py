@@ -18,7 +18,7 @@ from cogx_fast.runtime.runner import Runner
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import EVEN, Given, StepCacheError, StepSchedule
 from cogx_fast.runtime.step_schedule_file import read_schedule
-from cogx_fast.step_search import _choose, find_schedule, run_latents
+from cogx_fast.tune.steps import _choose, find_schedule, run_latents
 from tests.conftest import report, run_cli
 
 STEPS = 24

@@ -1,0 +1,1 @@
+"""Searches over a trained model: attention plans, quantization recipes, step schedules."""
