@@ -30,7 +30,7 @@ class Work(TorchDispatchMode):
 
 @contextmanager
 def work_for_time() -> Iterator[None]:
-    """Within, ``cogx_fast.measure.timing`` takes a nanosecond for every byte that an operator of torch reads or writes."""
+    """Within, ``cogx_fast.measure.timing`` takes a nanosecond a byte that an operator of torch reads or writes."""
     with Work() as work, mock.patch("cogx_fast.measure.timing.time") as time:
         time.perf_counter = lambda: 1e-9 * work.bytes
         yield

@@ -60,13 +60,13 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     baseline = None if arguments.against is None else _read(arguments.against)
     asked = {name: getattr(arguments, name) for name in _WORK} if baseline is None else _same(arguments, baseline)
     work = _work(asked)
-    contest = contest.Contest(work, progress)
-    report: dict[str, Any] = {"work": asked, "machine": contest.machine(work.device), "first_call": contest.first_call}
-    report |= _measure(contest, arguments.rounds, progress)
+    pair = contest.Contest(work, progress)
+    report: dict[str, Any] = {"work": asked, "machine": contest.machine(work.device), "first_call": pair.first_call}
+    report |= _measure(pair, arguments.rounds, progress)
     if baseline is not None:
         limit = baseline["ratio"]["median"] * (1 + arguments.margin)
         if verdict(report["ratio"], limit) != AS_FAST:  # once more, longer, before anyone is alarmed
-            report |= _measure(contest, 2 * arguments.rounds, progress)
+            report |= _measure(pair, 2 * arguments.rounds, progress)
         report["baseline"] = {"ratio": baseline["ratio"], "machine": baseline["machine"], "limit": limit}
         report["verdict"] = verdict(report["ratio"], limit)
         report["passed"] = {AS_FAST: True, SLOWER: False, CANNOT_TELL: None}[report["verdict"]]
@@ -120,10 +120,10 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measure(contest: Contest, rounds: int, progress: Progress) -> dict[str, Any]:
+def _measure(pair: Contest, rounds: int, progress: Progress) -> dict[str, Any]:
     from cogx_fast.measure import contest, timing
 
-    seconds = contest.run(rounds, progress)
+    seconds = pair.run(rounds, progress)
     shares = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
     return {
         "rounds": rounds,

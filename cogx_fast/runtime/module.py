@@ -280,7 +280,7 @@ class CogVideoXModel(CogVideoXTransformer):
         """Use another attention backend from the next call on (a compiled model compiles again).
 
         Args:
-            backend: a name from ``cogx_fast.attention.backends.BACKENDS``, or diffusers' name for one of them ("native",
+            backend: one of ``attention.backends.BACKENDS``, or diffusers' name for one of them ("native",
                 "_native_cudnn", "flash", …).
 
         Raises:
