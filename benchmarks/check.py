@@ -28,7 +28,7 @@ from cogx_fast.config import PRESETS
 from cogx_fast.loading import load
 from cogx_fast.measure import contest, timing
 from cogx_fast.measure.contest import OURS, PEER, Contest, Work
-from cogx_fast.measure.costs import Tokens
+from cogx_fast.sizes import Tokens
 from cogx_fast.terminal import Progress, table
 
 EXPECTED = Path(__file__).parent / "expected" / "timing.csv"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from cogx_fast import sizes
 from cogx_fast.config import HUB_IDS, TransformerConfig
 from cogx_fast.measure import costs
-from cogx_fast.measure.costs import VideoSize
 from cogx_fast.pipelines.locate import Model, read_stored_weights
+from cogx_fast.sizes import VideoSize
 from cogx_fast.terminal import scaled, table
 
 
@@ -23,8 +24,8 @@ def describe(model: Model, *, frames: int | None, height: int | None, width: int
         ValueError: the model cannot make a video of that size, or its weight files are damaged or of another model.
     """
     config = model.config
-    video = costs.choose_video(config, frames=frames, height=height, width=width, spatial_factor=model.spatial_factor)
-    tokens = costs.count_tokens(config, video, spatial_factor=model.spatial_factor)
+    video = sizes.choose_video(config, frames=frames, height=height, width=width, spatial_factor=model.spatial_factor)
+    tokens = sizes.count_tokens(config, video, spatial_factor=model.spatial_factor)
     parameters = costs.count_parameters(config)
     stored = read_stored_weights(model)
     if stored is not None and stored.parameters != sum(parameters.values()):

@@ -13,12 +13,12 @@ from torch import nn
 
 from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.attention.backends import get_backend
-from cogx_fast.measure.costs import count_tokens, default_video
 from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
 from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.auto_attention import AttentionFor
 from cogx_fast.runtime.source import check_source
 from cogx_fast.runtime.upstream import model_class
+from cogx_fast.sizes import count_tokens, default_video
 from cogx_fast.weights.checkpoint import load_checkpoint
 from cogx_fast.weights.errors import CheckpointError
 from cogx_fast.weights.live import adopt, return_freed_memory

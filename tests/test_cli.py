@@ -15,9 +15,9 @@ import cogx_fast
 from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.cli.output import quiet_libraries
 from cogx_fast.config import PRESETS
-from cogx_fast.measure.costs import VideoSize
 from cogx_fast.model import cpu
 from cogx_fast.pipelines.generation import Request
+from cogx_fast.sizes import VideoSize
 from cogx_fast.video.files import read_video
 from tests.conftest import Finished, report, run_cli
 

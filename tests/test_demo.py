@@ -11,8 +11,8 @@ import torch
 from cogx_fast import demo as module
 from cogx_fast.assets import CHECKSUMS, digits, tiny_pipeline_dir
 from cogx_fast.demo import Column, DemoResult
-from cogx_fast.measure.costs import VideoSize
 from cogx_fast.pipelines.generation import Request, Setting
+from cogx_fast.sizes import VideoSize
 from cogx_fast.video.files import read_video
 from tests.conftest import Finished, report, run_cli
 

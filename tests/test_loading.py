@@ -7,11 +7,11 @@ import torch
 
 import cogx_fast
 from cogx_fast.loading import read_device, read_dtype
-from cogx_fast.measure.costs import count_tokens, default_video
 from cogx_fast.model import cpu
 from cogx_fast.model.cpu import SlowDtypeWarning
 from cogx_fast.runtime import module
 from cogx_fast.runtime.auto_attention import Choice
+from cogx_fast.sizes import count_tokens, default_video
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
 from tests.support import inputs, relative_error, small, upstream
 

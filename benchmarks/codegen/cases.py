@@ -49,11 +49,11 @@ class Case:
 
 def _sizes(preset: str, tokens: int | None) -> tuple[Any, int]:
     """The model's configuration, and S of the video it is made for unless given."""
+    from cogx_fast import sizes
     from cogx_fast.config import PRESETS
-    from cogx_fast.measure import costs
 
     config = PRESETS[preset]
-    return config, tokens or costs.count_tokens(config, costs.default_video(config)).joint
+    return config, tokens or sizes.count_tokens(config, sizes.default_video(config)).joint
 
 
 def _rotary(config: Any, rows: int) -> Any:

@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from cogx_fast import sizes
 from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.attention.plan import BUILT_IN
 from cogx_fast.config import PRESETS, TransformerConfig
-from cogx_fast.measure import costs
-from cogx_fast.measure.costs import Tokens
+from cogx_fast.sizes import Tokens
 
 MODELS = ("5b", "2b", "1.5-5b", "5b-i2v", "1.5-5b-i2v")
 QUICK_MODEL = "tiny"
@@ -56,7 +56,7 @@ class Case:
     @property
     def tokens(self) -> Tokens:
         """Of one video of the model's default size."""
-        return costs.count_tokens(self.config, costs.default_video(self.config))
+        return sizes.count_tokens(self.config, sizes.default_video(self.config))
 
     @property
     def quant(self) -> str | None:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogx_fast import sizes
 from cogx_fast.cli.arguments import DTYPE_NAMES, add_command, add_running, add_size, count
 from cogx_fast.cli.task import name_dtype
-from cogx_fast.measure import costs
 from cogx_fast.pipelines.locate import locate
 from cogx_fast.terminal import Progress, table
 
@@ -143,14 +143,14 @@ def _work(asked: dict[str, Any]) -> Work:
         raise ValueError("no model is named: give one, e.g. 5b, or the report of an earlier run with --against")
     model = locate(asked["model"])
     size = {name: asked[name] for name in ("frames", "height", "width")}
-    video = costs.choose_video(model.config, **size, spatial_factor=model.spatial_factor)
+    video = sizes.choose_video(model.config, **size, spatial_factor=model.spatial_factor)
     config = model.config
     if asked["layers"] is not None:
         config = dataclasses.replace(config, num_layers=asked["layers"])
     device = generation.choose_device(asked["device"])
     work = contest.Work(
         config=config,
-        tokens=costs.count_tokens(config, video, spatial_factor=model.spatial_factor),
+        tokens=sizes.count_tokens(config, video, spatial_factor=model.spatial_factor),
         batch=asked["batch"],
         dtype=generation.DTYPES[asked["dtype"]],
         device=device,

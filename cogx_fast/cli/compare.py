@@ -112,7 +112,7 @@ def _refuse_options(arguments: argparse.Namespace) -> None:
 
 
 def _read_files(paths: tuple[str, str]) -> _Pair:
-    from cogx_fast.measure.costs import VideoSize
+    from cogx_fast.sizes import VideoSize
     from cogx_fast.video.compare import Side, check_shapes
     from cogx_fast.video.files import read_rate, read_video
 

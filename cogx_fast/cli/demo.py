@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     """Carry it out: the report, and its text."""
     from cogx_fast.config import TransformerConfig
     from cogx_fast.demo import render, run_demo, settings
-    from cogx_fast.measure.costs import default_video
     from cogx_fast.pipelines.generation import DTYPES, Request, choose_device
+    from cogx_fast.sizes import default_video
 
     quiet_bars()
     device = choose_device(arguments.device)

@@ -51,16 +51,16 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast.measure import costs
     from cogx_fast.measure.explain import empty_model, explain
     from cogx_fast.pipelines.generation import DTYPES, choose_device
     from cogx_fast.pipelines.locate import locate, locate_pipeline
     from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.sizes import choose_video
 
     model = locate_pipeline("tiny") if arguments.model == "tiny" else locate(arguments.model)
     config = CompileConfig(scope=arguments.scope, mode=arguments.mode)
     device, factor = choose_device(arguments.device), model.spatial_factor
-    video = costs.choose_video(
+    video = choose_video(
         model.config, frames=arguments.frames, height=arguments.height, width=arguments.width, spatial_factor=factor
     )
     sizes = [(arguments.batch, video.frames, video.height, video.width), *arguments.then]

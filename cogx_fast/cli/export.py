@@ -90,8 +90,8 @@ def read_sizes(text: str | None, batch: int, config: TransformerConfig) -> SizeR
     Raises:
         ValueError: it is not written so, or the model cannot make a video of that size.
     """
-    from cogx_fast.measure.costs import choose_video, count_tokens
     from cogx_fast.runtime.package import SizeRange
+    from cogx_fast.sizes import choose_video, count_tokens
 
     if text is None:
         own = count_tokens(config, choose_video(config))

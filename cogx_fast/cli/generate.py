@@ -78,7 +78,7 @@ def _seconds(run: Run, load: float, compiling: float) -> dict[str, float | None]
 
 
 def _render(report: dict[str, Any]) -> str:
-    from cogx_fast.measure.costs import VideoSize
+    from cogx_fast.sizes import VideoSize
 
     seconds = report["seconds"]
     size = VideoSize(frames=report["frames"], height=report["height"], width=report["width"])

@@ -51,9 +51,9 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
     from cogx_fast.attention.plan_file import write_plan
-    from cogx_fast.measure.costs import choose_video
     from cogx_fast.pipelines import generation
     from cogx_fast.pipelines.locate import locate_pipeline
+    from cogx_fast.sizes import choose_video
     from cogx_fast.tune.attention import find_plan
 
     out = Path(arguments.out)

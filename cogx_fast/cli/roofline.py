@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cogx_fast import sizes
 from cogx_fast.cli.arguments import add_command, add_size, count
-from cogx_fast.measure import costs, roofline
-from cogx_fast.measure.costs import VideoSize
+from cogx_fast.measure import roofline
 from cogx_fast.measure.devices import DEVICES, get_device
 from cogx_fast.pipelines.locate import locate
+from cogx_fast.sizes import VideoSize
 from cogx_fast.terminal import Progress, scaled, table
 
 
@@ -41,14 +42,14 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace, _: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
     model = locate(arguments.model)
-    video = costs.choose_video(
+    video = sizes.choose_video(
         model.config,
         frames=arguments.frames,
         height=arguments.height,
         width=arguments.width,
         spatial_factor=model.spatial_factor,
     )
-    tokens = costs.count_tokens(model.config, video, spatial_factor=model.spatial_factor)
+    tokens = sizes.count_tokens(model.config, video, spatial_factor=model.spatial_factor)
     device = roofline.with_ceilings(get_device(arguments.device), _read_ceilings(arguments.ceilings))
     found = roofline.parts(
         model.config, tokens, batch=arguments.batch, scheme=arguments.quant, kept=arguments.attention_kept,

@@ -46,10 +46,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast.measure.costs import choose_video, count_tokens
     from cogx_fast.measure.devices import get_device
     from cogx_fast.pipelines import generation
     from cogx_fast.pipelines.locate import locate_pipeline
+    from cogx_fast.sizes import choose_video, count_tokens
     from cogx_fast.tune.recipe import find_recipe
 
     out = Path(arguments.out)
@@ -105,8 +105,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
 
 
 def _requests(arguments: argparse.Namespace, model: Model) -> list[Request]:
-    from cogx_fast.measure.costs import choose_video
     from cogx_fast.pipelines import generation
+    from cogx_fast.sizes import choose_video
 
     prompts = arguments.prompts or (PROMPTS if arguments.model == "tiny" else ())
     if not prompts:

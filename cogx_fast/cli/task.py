@@ -67,9 +67,9 @@ def read_task(arguments: argparse.Namespace) -> Task:
     Raises:
         ValueError, OSError: there is no such model, or it cannot do what is asked for.
     """
-    from cogx_fast.measure.costs import choose_video
     from cogx_fast.pipelines import generation
     from cogx_fast.pipelines.locate import locate_pipeline
+    from cogx_fast.sizes import choose_video
 
     if arguments.model == "tiny":  # which may have to be made
         quiet_bars()

@@ -42,11 +42,11 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast.measure.costs import choose_video
     from cogx_fast.pipelines import generation
     from cogx_fast.pipelines.locate import locate_pipeline
     from cogx_fast.runtime.step_schedule import FORECASTS
     from cogx_fast.runtime.step_schedule_file import write_schedule
+    from cogx_fast.sizes import choose_video
     from cogx_fast.tune.steps import find_schedule
 
     out = Path(arguments.out)

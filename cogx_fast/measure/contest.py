@@ -15,9 +15,9 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.extras import require
 from cogx_fast.loading import load
 from cogx_fast.measure import costs, timing
-from cogx_fast.measure.costs import Tokens
 from cogx_fast.model.tables import rotary_tables
 from cogx_fast.runtime.compile import CompileConfig
+from cogx_fast.sizes import Tokens
 from cogx_fast.terminal import Progress
 
 OURS, PEER = "cogx_fast", "diffusers"

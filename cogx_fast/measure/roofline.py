@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.measure import costs
-from cogx_fast.measure.costs import Tokens
 from cogx_fast.measure.devices import GIGA, TERA, Device
+from cogx_fast.sizes import Tokens
 
 Products = Literal["bf16", "fp8", "int8"]
 _HALF = 2  # bytes of a value in bf16 or fp16

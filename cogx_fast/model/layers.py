@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.part import Part
 from cogx_fast.model.products import project
+from cogx_fast.sizes import own_grid
 
 
 class PatchEmbed(Part):
@@ -34,7 +35,7 @@ class PatchEmbed(Part):
         self.proj = nn.Linear(values, config.inner_dim, bias=has_bias)
         self.text_proj = nn.Linear(config.text_embed_dim, config.inner_dim)
         if config.use_learned_positional_embeddings:
-            grid = config.grid(_latent_frames(config), config.sample_height, config.sample_width)
+            grid = own_grid(config)
             tokens = config.max_text_seq_length + math.prod(grid)
             self.register_buffer("pos_embedding", torch.zeros(1, tokens, config.inner_dim))
 
@@ -224,7 +225,3 @@ class OutputNorm(Part):
 
 def _layer_norm(config: TransformerConfig) -> nn.LayerNorm:
     return nn.LayerNorm(config.inner_dim, config.norm_eps, config.norm_elementwise_affine)
-
-
-def _latent_frames(config: TransformerConfig) -> int:
-    return (config.sample_frames - 1) // config.temporal_compression_ratio + 1

@@ -19,10 +19,10 @@ import torch
 from cogx_fast.attention.backends import get_backend
 from cogx_fast.config import TransformerConfig
 from cogx_fast.extras import require
-from cogx_fast.measure.costs import VideoSize, count_tokens
 from cogx_fast.model.cpu import HALF, computes, slow_dtype
 from cogx_fast.pipelines.locate import Model, read_stored_weights
 from cogx_fast.pipelines.memory import OFFLOADS, estimate, place
+from cogx_fast.sizes import VideoSize, count_tokens, latent_frames
 from cogx_fast.video.files import Frames
 from cogx_fast.weights.headers import FLOATING
 from cogx_fast.weights.sources import resolve
@@ -287,11 +287,11 @@ def length_warning(config: TransformerConfig, size: VideoSize) -> str | None:
     ``temporal_compression_ratio`` frames from each.
     """
     ratio = config.temporal_compression_ratio
-    latent_frames = (size.frames - 1) // ratio + 1
-    if latent_frames % 2:
+    latents = latent_frames(config, size.frames)
+    if latents % 2:
         return None
     return (
-        f"the VAE makes {latent_frames * ratio} frames where {size.frames} are asked for, for it decodes latent frames "
+        f"the VAE makes {latents * ratio} frames where {size.frames} are asked for, for it decodes latent frames "
         f"in pairs: ask for {size.frames - ratio} or {size.frames + ratio}"
     )
 

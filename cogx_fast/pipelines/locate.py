@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cogx_fast.config import HUB_IDS, PRESETS, TransformerConfig
-from cogx_fast.measure.costs import RELEASED_SPATIAL_FACTOR
+from cogx_fast.sizes import RELEASED_SPATIAL_FACTOR
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
 from cogx_fast.weights.quantized import describe
 from cogx_fast.weights.sources import Source, find_weights

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cogx_fast.measure.costs import Tokens, VideoSize
+from cogx_fast.sizes import Tokens, VideoSize
 
 OFFLOADS = ("none", "model", "sequential")
 """Everything on the GPU; each part while it computes; each layer while it computes (diffusers' own)."""

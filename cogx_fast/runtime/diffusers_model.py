@@ -30,6 +30,7 @@ from cogx_fast.model.transformer import Attention
 from cogx_fast.runtime.attached import ADAPTERS, AttachedError, check_processor, take_off_adapters
 from cogx_fast.runtime.averages import follow_layout
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.sizes import own_grid
 
 _LOADING = ("dtype", "torch_dtype", "variant", "revision", "cache_dir", "local_files_only")
 """What ``from_pretrained`` takes besides the path and ``subfolder``."""
@@ -256,10 +257,8 @@ def _begin_positions(model: CogVideoXModel) -> None:
     config = model.config
     if not config.use_learned_positional_embeddings or model.device.type == "meta":
         return
-    latent_frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-    grid = config.grid(latent_frames, config.sample_height, config.sample_width)
     positions: Any = model.patch_embed.pos_embedding
-    positions[:, config.max_text_seq_length :] = sincos_table(config, grid, model.device)
+    positions[:, config.max_text_seq_length :] = sincos_table(config, own_grid(config), model.device)
 
 
 def _as_json(value: Any) -> Any:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cogx_fast.measure.costs import count_tokens
 from cogx_fast.measure.devices import Device
 from cogx_fast.measure.roofline import SCHEMES, UNQUANTIZED, Part
+from cogx_fast.sizes import count_tokens
 
 if TYPE_CHECKING:
-    from cogx_fast.measure.costs import Tokens
     from cogx_fast.pipelines.generation import Request
+    from cogx_fast.sizes import Tokens
     from quant import Recipe
     from quant.calibration import Sample
     from quant.search import Found, Mix

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cogx_fast.extras import require
-from cogx_fast.measure.costs import VideoSize
+from cogx_fast.sizes import VideoSize
 from cogx_fast.video import plots, quality
 from cogx_fast.video.files import Frames, contact_sheet, side_by_side, to_bytes, write_image, write_video
 

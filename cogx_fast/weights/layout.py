@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cogx_fast.config import TransformerConfig
+from cogx_fast.sizes import own_grid
 
 Shape = tuple[int, ...]
 
@@ -86,10 +87,7 @@ def _all_slots(config: TransformerConfig) -> Iterator[Slot]:
 def _patch_embed(config: TransformerConfig) -> Iterator[Slot]:
     dim, p, p_t = config.inner_dim, config.patch_size, config.patch_size_t
     if config.use_learned_positional_embeddings:
-        latent_frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-        tokens = config.max_text_seq_length + math.prod(
-            config.grid(latent_frames, config.sample_height, config.sample_width)
-        )
+        tokens = config.max_text_seq_length + math.prod(own_grid(config))
         yield _same("patch_embed.pos_embedding", (1, tokens, dim))
     values = (config.in_channels, p, p) if p_t is None else (config.in_channels * p_t * p * p,)
     yield _same("patch_embed.proj.weight", (dim, *values))

@@ -14,6 +14,7 @@ from benchmarks.codegen import DEVICES, CodegenError, Report, __main__, inductor
 from benchmarks.codegen.cases import CASES, INT8_OPTIONS, MODELS, RECIPES, Case
 from benchmarks.codegen.devices import get_device
 from benchmarks.codegen.report import Candidate, Launch
+from cogx_fast import sizes
 from cogx_fast.config import PRESETS
 from cogx_fast.measure import costs
 
@@ -45,7 +46,7 @@ def test_bytes_and_operations_of_a_module_known_by_hand(planted: Planted) -> Non
 
 def test_operations_are_those_of_the_cost_model(full_size: dict[str, Report]) -> None:
     config = PRESETS["5b"]
-    tokens = costs.count_tokens(config, costs.default_video(config))
+    tokens = sizes.count_tokens(config, sizes.default_video(config))
     flops = costs.count_flops(config, tokens, batch=2)
     parts = ("attention", "feed-forward", "attention scores")
     assert full_size["5b/ours/cudnn"].flops * config.num_layers == sum(flops[part] for part in parts)

@@ -8,10 +8,10 @@ import torch
 import cogx_fast
 from cogx_fast.attention.plan import choose_plan
 from cogx_fast.config import PRESETS
-from cogx_fast.measure.costs import count_tokens, default_video
 from cogx_fast.runtime import auto_attention
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.recompiles import watch_compilation
+from cogx_fast.sizes import count_tokens, default_video
 from tests.cuda_standin.device import FAST, GIB, TENSOR_CARDS, attention_kernels, call, model
 
 LAYERS = 2

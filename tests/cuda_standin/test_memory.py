@@ -14,9 +14,9 @@ import cogx_fast
 from benchmarks.standin import journal
 from cogx_fast.config import PRESETS, TransformerConfig
 from cogx_fast.measure.contest import call_arguments
-from cogx_fast.measure.costs import count_tokens, default_video
 from cogx_fast.runtime.compile import compile_model
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.sizes import count_tokens, default_video
 from tests.cuda_standin.device import FAST, GIB, attention_kernels, checkpoint, peak_bytes
 from tests.support import RELEASED
 

@@ -12,12 +12,12 @@ import torch
 import cogx_fast
 from benchmarks.standin import journal
 from cogx_fast.config import TransformerConfig
-from cogx_fast.measure.costs import VideoSize
 from cogx_fast.pipelines.generation import Setting, is_compiled, open_pipeline
 from cogx_fast.pipelines.locate import locate_pipeline
 from cogx_fast.runtime.attached import AttachedError
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.recompiles import watch_compilation
+from cogx_fast.sizes import VideoSize
 from tests import pipes
 from tests.cuda_standin.device import FAST, attention_kernels, peak_bytes
 from tests.pipes import FRAMES, HEIGHT, KINDS, WIDTH, make_pipe

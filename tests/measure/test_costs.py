@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cogx_fast import sizes
 from cogx_fast.config import PRESETS, TransformerConfig
 from cogx_fast.measure import costs
 from cogx_fast.runtime.module import CogVideoXModel
@@ -87,7 +88,7 @@ def test_the_5b_has_the_published_size() -> None:
 )
 def test_tokens_of_the_default_video(name: str, tokens: int, grid: tuple[int, int, int]) -> None:
     config = PRESETS[name]
-    counted = costs.count_tokens(config, costs.default_video(config))
+    counted = sizes.count_tokens(config, sizes.default_video(config))
     assert (counted.joint, counted.grid) == (tokens, grid)
 
 
@@ -104,14 +105,14 @@ def test_flops_are_those_that_torch_counts(name: str, changes: dict[str, Any], b
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**arguments)
     frames, height, width = arguments["hidden_states"].shape[1], config.sample_height, config.sample_width
-    tokens = costs.Tokens(text=config.max_text_seq_length, grid=config.grid(frames, height, width))
+    tokens = sizes.Tokens(text=config.max_text_seq_length, grid=config.grid(frames, height, width))
     assert sum(costs.count_flops(config, tokens, batch=batch).values()) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("name", "attention", "linear"), [("2b", 146e12, 94e12), ("5b", 326e12, 338e12)])
 def test_flops_of_a_step_with_guidance(name: str, attention: float, linear: float) -> None:
     config = PRESETS[name]
-    flops = costs.count_flops(config, costs.count_tokens(config, costs.default_video(config)), batch=2)
+    flops = costs.count_flops(config, sizes.count_tokens(config, sizes.default_video(config)), batch=2)
     assert flops["attention scores"] == pytest.approx(attention, rel=5e-3)
     assert flops["attention"] + flops["feed-forward"] == pytest.approx(linear, rel=5e-3)
 
@@ -140,5 +141,5 @@ def test_quantized_linears_take_about_half() -> None:
 def test_sizes_that_cannot_be(name: str, size: tuple[int, int, int], message: str) -> None:
     frames, height, width = size
     with pytest.raises(ValueError, match=r"expected|only") as caught:
-        costs.choose_video(PRESETS[name], frames=frames, height=height, width=width)
+        sizes.choose_video(PRESETS[name], frames=frames, height=height, width=width)
     assert str(caught.value) == message

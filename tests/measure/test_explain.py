@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast import CompileConfig
+from cogx_fast import CompileConfig, sizes
 from cogx_fast.measure import costs
 from cogx_fast.measure.explain import Explanation, empty_model, explain
 from cogx_fast.measure.explain.capture import Capture, Clock
@@ -65,8 +65,8 @@ def test_a_recompile_says_what_caused_it(recompiled: Explanation) -> None:
 
 def test_operations_are_those_of_the_cost_model(explained: Explanation) -> None:
     config = small("5b")
-    video = costs.VideoSize(frames=13, height=96, width=80)
-    flops = costs.count_flops(config, costs.count_tokens(config, video), batch=2)
+    video = sizes.VideoSize(frames=13, height=96, width=80)
+    flops = costs.count_flops(config, sizes.count_tokens(config, video), batch=2)
     assert explained.kinds["attention"].flops == flops["attention scores"]
     assert explained.kinds["matmul"].flops == flops["attention"] + flops["feed-forward"]
     assert explained.total.flops == explained.kinds["attention"].flops + explained.kinds["matmul"].flops
@@ -75,7 +75,7 @@ def test_operations_are_those_of_the_cost_model(explained: Explanation) -> None:
 def test_bytes_of_the_products_are_their_operands_and_results(explained: Explanation) -> None:
     config = small("5b")
     width = config.inner_dim
-    tokens = 2 * costs.count_tokens(config, costs.VideoSize(frames=13, height=96, width=80)).joint
+    tokens = 2 * sizes.count_tokens(config, sizes.VideoSize(frames=13, height=96, width=80)).joint
     linears = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
     expected = sum(tokens * i + i * o + o + tokens * o for i, o in linears)
     assert explained.kinds["matmul"].kernels == len(linears) * config.num_layers

@@ -15,8 +15,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cogx_fast import sizes
 from cogx_fast.config import PRESETS
-from cogx_fast.measure import costs, roofline
+from cogx_fast.measure import roofline
 from cogx_fast.measure.devices import DEVICES
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.conftest import report, run_cli
@@ -26,8 +27,8 @@ H100 = DEVICES["h100"]
 CODEGEN = Path(__file__).resolve().parents[1] / "benchmarks" / "expected" / "codegen.csv"
 
 
-def _tokens(name: str) -> costs.Tokens:
-    return costs.count_tokens(PRESETS[name], costs.default_video(PRESETS[name]))
+def _tokens(name: str) -> sizes.Tokens:
+    return sizes.count_tokens(PRESETS[name], sizes.default_video(PRESETS[name]))
 
 
 def _parts(name: str, **options: Any) -> list[roofline.Part]:
@@ -46,7 +47,7 @@ def _seconds(name: str, device: Any = H100, group: str = "", **options: Any) -> 
 def test_operations_are_those_that_torch_counts_at_full_size(name: str, owner: str) -> None:
     from diffusers import CogVideoXTransformer3DModel
 
-    config, video = PRESETS[name], costs.default_video(PRESETS[name])
+    config, video = PRESETS[name], sizes.default_video(PRESETS[name])
     frames = _tokens(name).grid[0] * (config.patch_size_t or 1)
     with torch.device("meta"):
         model = CogVideoXModel(config) if owner == "ours" else CogVideoXTransformer3DModel(**config)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from cogx_fast.config import PRESETS
-from cogx_fast.measure.costs import VideoSize
 from cogx_fast.model import cpu
 from cogx_fast.pipelines.generation import (
     Request,
@@ -22,6 +21,7 @@ from cogx_fast.pipelines.generation import (
     takes_quant,
 )
 from cogx_fast.pipelines.locate import locate_pipeline
+from cogx_fast.sizes import VideoSize
 
 REQUEST = Request(prompt="a seven", size=VideoSize(frames=1, height=64, width=64), steps=2)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cogx_fast.config import PRESETS
-from cogx_fast.measure.costs import count_tokens, default_video, memory
+from cogx_fast.measure.costs import memory
 from cogx_fast.pipelines.memory import Needs, choose
+from cogx_fast.sizes import count_tokens, default_video
 
 GIB = 1 << 30
 TEXT_ENCODER, VAE = 8.87, 0.41

@@ -16,10 +16,10 @@ from cogx_fast.attention.attend import attend
 from cogx_fast.attention.plan import FULL, PlanError
 from cogx_fast.attention.plan_file import read_plan
 from cogx_fast.attention.windows import Pattern
-from cogx_fast.measure.costs import VideoSize
 from cogx_fast.model.transformer import Attention
 from cogx_fast.pipelines.generation import Request, quiet
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.sizes import VideoSize
 from cogx_fast.tune.attention import Finding, find_plan, masked_outputs
 from tests.attention.test_masks import BLOCK, masks
 from tests.attention.test_plan import written_out

@@ -12,12 +12,12 @@ import torch
 
 import cogx_fast
 from cogx_fast.assets import tiny_pipeline_dir
-from cogx_fast.measure.costs import choose_video
 from cogx_fast.pipelines.generation import Request, run_pipeline
 from cogx_fast.runtime.runner import Runner
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import EVEN, Given, StepCacheError, StepSchedule
 from cogx_fast.runtime.step_schedule_file import read_schedule
+from cogx_fast.sizes import choose_video
 from cogx_fast.tune.steps import _choose, find_schedule, run_latents
 from tests.conftest import report, run_cli
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cogx_fast.measure.explain.capture import Capture
 from cogx_fast.measure.explain.report import CacheUse, Explanation, Size
+from cogx_fast.sizes import choose_video, default_video, padded_latent_frames
 
 if TYPE_CHECKING:
     from cogx_fast.config import TransformerConfig
@@ -179,16 +180,14 @@ def _compile(
 
 
 def _sizes(model: CogVideoXModel, sizes: Sequence[Sequence[int]], factor: int) -> tuple[Size, ...]:
-    from cogx_fast.measure import costs
-
     if not sizes:
-        own = costs.default_video(model.config, spatial_factor=factor)
+        own = default_video(model.config, spatial_factor=factor)
         sizes = ((2, own.frames, own.height, own.width),)
     found = []
     for size in sizes:
         if len(size) != 4 or size[0] < 1:
             raise ValueError(f"size is {size!r}, expected (videos in a call, frames, height, width), all 1 or more")
-        video = costs.choose_video(model.config, frames=size[1], height=size[2], width=size[3], spatial_factor=factor)
+        video = choose_video(model.config, frames=size[1], height=size[2], width=size[3], spatial_factor=factor)
         found.append(Size(size[0], video.frames, video.height, video.width))
     return tuple(found)
 
@@ -196,9 +195,7 @@ def _sizes(model: CogVideoXModel, sizes: Sequence[Sequence[int]], factor: int) -
 def _arguments(model: CogVideoXModel, video: Size, factor: int) -> dict[str, Any]:
     """What a pipeline calls the model with; made under a fake mode, so without values."""
     config = model.config
-    frames = (video.frames - 1) // config.temporal_compression_ratio + 1
-    if config.patch_size_t is not None:
-        frames = -(-frames // config.patch_size_t) * config.patch_size_t
+    frames = padded_latent_frames(config, video.frames)
     height, width = video.height // factor, video.width // factor
     with torch.device(model.device):
         arguments: dict[str, Any] = {
