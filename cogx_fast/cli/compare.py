@@ -158,7 +158,7 @@ def _read_tasks(arguments: argparse.Namespace) -> tuple[Task, Task]:
 
 def _generate(tasks: tuple[Task, Task], words: tuple[str, str], progress: Progress) -> _Pair:
     """One after the other, so that there is one model in memory at a time."""
-    from cogx_fast.demo import reads_digits
+    from cogx_fast.pipelines.demo import reads_digits
     from cogx_fast.pipelines.generation import median_step, open_pipeline, run_pipeline
     from cogx_fast.runtime.compile import watch_compilation
     from cogx_fast.video import quality

@@ -10,7 +10,7 @@ from cogx_fast.cli.output import finite, quiet_bars, warn
 from cogx_fast.terminal import Progress
 
 if TYPE_CHECKING:
-    from cogx_fast.demo import Column
+    from cogx_fast.pipelines.demo import Column
 
 _PROMPT = "the digit seven moving left"  # one that the tiny pipeline is trained on
 
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
     from cogx_fast.config import TransformerConfig
-    from cogx_fast.demo import render, run_demo, settings
+    from cogx_fast.pipelines.demo import render, run_demo, settings
     from cogx_fast.pipelines.generation import DTYPES, Request, choose_device
     from cogx_fast.sizes import default_video
 

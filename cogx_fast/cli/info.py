@@ -6,8 +6,11 @@ import argparse
 from typing import Any
 
 from cogx_fast.cli.arguments import add_command, add_size, count
-from cogx_fast.config import PRESETS
-from cogx_fast.terminal import Progress
+from cogx_fast.config import HUB_IDS, PRESETS, TransformerConfig
+from cogx_fast.measure import costs
+from cogx_fast.pipelines.locate import Model, locate, read_stored_weights
+from cogx_fast.sizes import VideoSize, choose_video, count_tokens
+from cogx_fast.terminal import Progress, scaled, table
 
 
 def add(commands: Any) -> None:
@@ -30,9 +33,6 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast.info import describe, render
-    from cogx_fast.pipelines.locate import locate
-
     model = locate(arguments.model)
     facts = describe(
         model, frames=arguments.frames, height=arguments.height, width=arguments.width, batch=arguments.batch
@@ -40,4 +40,125 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     return facts, render(facts)
 
 
-__all__ = ["add", "run"]
+def describe(model: Model, *, frames: int | None, height: int | None, width: int | None, batch: int) -> dict[str, Any]:
+    """Everything about a model that can be known without its weights, as plain data (the command's ``--json``).
+
+    Args:
+        model: the model.
+        frames, height, width: of the video to count tokens and operations for; None for the model's own.
+        batch: videos in one call of the transformer; guidance doubles them.
+
+    Raises:
+        ValueError: the model cannot make a video of that size, or its weight files are damaged or of another model.
+    """
+    config = model.config
+    video = choose_video(config, frames=frames, height=height, width=width, spatial_factor=model.spatial_factor)
+    tokens = count_tokens(config, video, spatial_factor=model.spatial_factor)
+    parameters = costs.count_parameters(config)
+    stored = read_stored_weights(model)
+    if stored is not None and stored.parameters != sum(parameters.values()):
+        raise ValueError(
+            f"the weight files of {model.name!r} hold {stored.parameters:,} parameters, its config.json describes "
+            f"{sum(parameters.values()):,}: they do not belong together"
+        )
+    flops = costs.count_flops(config, tokens, batch=batch)
+    return {
+        "model": model.name,
+        "kind": model.kind,
+        "hub_id": HUB_IDS.get(model.name),
+        "pipeline_class": model.pipeline_class,
+        "config": dict(config),
+        "parameters": {**parameters, "total": sum(parameters.values())},
+        "learned_positions": costs.count_positions(config),
+        "memory_bytes": costs.memory(config),
+        "stored": None
+        if stored is None
+        else {"files": stored.files, "bytes": stored.bytes, "dtypes": dict(stored.dtypes)},
+        "video": {"frames": video.frames, "height": video.height, "width": video.width, "batch": batch},
+        "tokens": {
+            "text": tokens.text, "video": tokens.video, "joint": tokens.joint, "grid": list(tokens.grid)
+        },
+        "flops_per_step": {**flops, "total": sum(flops.values())},
+    }  # fmt: skip
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The same for people."""
+    config = TransformerConfig(**facts["config"])
+    parameters, flops = facts["parameters"], facts["flops_per_step"]
+    names = [*costs.PARTS[: costs.PARTS.index("attention") + 1], "attention scores", "feed-forward", "norms", "head"]
+    rows = [
+        (
+            name,
+            f"{parameters[name]:,}" if name in parameters else "–",
+            _share(parameters.get(name), parameters["total"]),
+            scaled(flops[name], "FLOP") if name in flops else "–",
+            _share(flops.get(name), flops["total"]),
+        )
+        for name in names
+    ]
+    rows.append(("total", f"{parameters['total']:,}", "", scaled(flops["total"], "FLOP"), ""))
+    video, tokens = facts["video"], facts["tokens"]
+    size = VideoSize(frames=video["frames"], height=video["height"], width=video["width"])
+    grid = " × ".join(map(str, tokens["grid"]))
+    memory = " · ".join(f"{name} {scaled(size, 'B')}" for name, size in facts["memory_bytes"].items())
+    sections = [
+        _title(facts),
+        _pairs(_config_pairs(config)),
+        table(("part", "parameters", "share", "one step", "share"), rows, last_is_total=True),
+        _pairs(
+            [
+                ("video", f"{size}, batch {video['batch']}" + (" (guidance)" if video["batch"] == 2 else "")),
+                ("tokens", f"{tokens['text']:,} text + {tokens['video']:,} video ({grid}) = {tokens['joint']:,}"),
+                ("weights", memory),
+                *_stored_pair(facts["stored"]),
+            ]
+        ),
+    ]
+    return "\n\n".join(sections)
+
+
+def _title(facts: dict[str, Any]) -> str:
+    words = [facts["pipeline_class"] or facts["kind"]]
+    if facts["hub_id"]:
+        words.append(facts["hub_id"])
+    return f"{facts['model']} ({', '.join(words)}), {scaled(facts['parameters']['total'])} parameters"
+
+
+def _config_pairs(config: TransformerConfig) -> list[tuple[str, str]]:
+    positions = "sin-cos, added"
+    if config.use_rotary_positional_embeddings:
+        positions = "rotary and learned" if config.use_learned_positional_embeddings else "rotary"
+    patch_frames = config.patch_size_t or 1
+    patch = f"{config.patch_size} × {config.patch_size} latent pixels, {patch_frames} latent frame"
+    embeddings = f"{config.time_embed_dim} wide" + (", with ofs" if config.ofs_embed_dim else "")
+    return [
+        ("width", f"{config.inner_dim:,} = {config.num_attention_heads} heads × {config.attention_head_dim}"),
+        ("layers", str(config.num_layers)),
+        ("channels", f"{config.in_channels} in, {config.out_channels} out"),
+        ("patch", patch + ("s" if patch_frames > 1 else "")),
+        ("positions", positions),
+        ("text", f"{config.max_text_seq_length} tokens, {config.text_embed_dim:,} wide"),
+        ("timestep", embeddings),
+        ("feed-forward", config.activation_fn),
+    ]
+
+
+def _stored_pair(stored: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if stored is None:
+        return []
+    dtypes = ", ".join(sorted(stored["dtypes"], key=stored["dtypes"].get, reverse=True))
+    files = "1 file" if stored["files"] == 1 else f"{stored['files']} files"
+    return [("on disk", f"{scaled(stored['bytes'], 'B')} in {files}, {dtypes}")]
+
+
+def _pairs(pairs: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(f"{name.ljust(width)}   {value}" for name, value in pairs)
+
+
+def _share(value: int | None, total: int) -> str:
+    return "" if value is None else f"{100 * value / total:.1f} %"
+
+
+__all__ = ["add", "describe", "render", "run"]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from cogx_fast import demo as module
 from cogx_fast.assets import CHECKSUMS, digits, tiny_pipeline_dir
-from cogx_fast.demo import Column, DemoResult
+from cogx_fast.pipelines import demo as module
+from cogx_fast.pipelines.demo import Column, DemoResult
 from cogx_fast.pipelines.generation import Request, Setting
 from cogx_fast.sizes import VideoSize
 from cogx_fast.video.files import read_video
@@ -87,7 +87,7 @@ def test_it_closes_with_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             warnings=("too long",),
         )
 
-    monkeypatch.setattr("cogx_fast.demo.run_demo", run_demo)
+    monkeypatch.setattr("cogx_fast.pipelines.demo.run_demo", run_demo)
     options = ("--steps", "6", "--prompt", "a six", "--out", tmp_path)
     finished = run_cli("demo", *options)
     assert (finished.status, finished.err) == (0, "warning: too long\n")
