@@ -117,7 +117,7 @@ def load(
     if compile_cache is not None and not compile:
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
     if step_cache is not None:
-        from cogx_fast.runtime.step_schedule import choose_strategy
+        from cogx_fast.runtime.step_schedule_file import choose_strategy
 
         choose_strategy(step_cache)
     if attention_plan is None:
@@ -139,7 +139,7 @@ def load(
         variant=variant,
     )
     if attention_plan is not None:
-        from cogx_fast.attention.plan import choose_plan
+        from cogx_fast.attention.plan_file import choose_plan
 
         model.set_attention_plan(choose_plan(attention_plan, model.config))
     if step_cache is not None:
@@ -154,6 +154,49 @@ def load(
             from cogx_fast.runtime.warm_start import load_compile_cache
 
             load_compile_cache(model, compile_cache)
+    return model
+
+
+def load_package(
+    path: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | nn.Module,
+    *,
+    device: torch.device | str | int | None = None,
+    for_pipelines: bool | None = None,
+) -> CogVideoXModel:
+    """A model that runs a package's compiled code, with weights of your choice and no compiler.
+
+    This runs the library that the file holds: take packages only from where you would take a program from. Its
+    checksums are against damage, not malice. Everything is checked before any of its code is loaded.
+
+    Args:
+        path: what ``cogx-fast export`` or ``export_package`` wrote.
+        weights: a checkpoint of the package's configuration, or a live model; anything that ``load`` takes. They are
+            quantized with the package's recipe, if it has one.
+        device: the device to run on; None is the first of the package's kind.
+        for_pipelines: build the class that diffusers' ``from_pretrained`` takes, which imports diffusers; None: if
+            diffusers has been imported already. Otherwise it is a plain module, called the same way.
+
+    Returns:
+        The model, for inference, called as always. Calls outside the package's sizes raise ``ValueError``.
+
+    Raises:
+        ArtifactError: (a ValueError) the file is damaged, or made for another version, device or configuration.
+        CheckpointError: (a ValueError) the weights cannot be loaded.
+    """
+    from cogx_fast.runtime.package import Package
+
+    package = Package.read(path, device)
+    model = load_weights(
+        weights,
+        model_class(for_pipelines),
+        attention=package.manifest["attention"],
+        compiled=True,
+        dtype=package.manifest["dtype"],
+        device=package.device,
+        quant=package.recipe,
+    )
+    package.run(model)
     return model
 
 
@@ -317,4 +360,4 @@ def _not_a_source(source: object) -> str:
     return f"source is a {type(source).__name__}, expected a path, a hub id or a CogVideoX transformer{hint}"
 
 
-__all__ = ["load", "load_weights", "read_device", "read_dtype"]
+__all__ = ["load", "load_package", "load_weights", "read_device", "read_dtype"]

@@ -20,7 +20,7 @@ COMPILER = ("torch._dynamo", "torch._inductor")
 COMPILER_OWNERS = (
     "cogx_fast/runtime/compile.py",
     "cogx_fast/runtime/warm_start.py",  # what Inductor left on the disk, and where the next process looks for it
-    "cogx_fast/runtime/package.py",  # compiles ahead of time
+    "cogx_fast/runtime/export.py",  # compiles ahead of time
     "cogx_fast/runtime/calls.py",  # its part that holds torch's flags during a call
     "cogx_fast/runtime/compiled.py",  # its part that runs what was compiled
     "cogx_fast/runtime/symbols.py",  # its part that marks symbolic sizes

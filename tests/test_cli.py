@@ -288,7 +288,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cogx_fast.info.describe", lambda *_, **__: interrupt())
+    monkeypatch.setattr("cogx_fast.cli.info.describe", lambda *_, **__: interrupt())
     finished = run_cli("info", "5b")
     assert (finished.status, finished.err) == (130, "error: interrupted\n")
 

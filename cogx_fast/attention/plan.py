@@ -12,11 +12,9 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -169,29 +167,6 @@ BUILT_IN: dict[str, Callable[[TransformerConfig], AttentionPlan]] = {
 """Plans that need no profiling: every layer and head alike."""
 
 
-def choose_plan(plan: AttentionPlan | str | os.PathLike[str], config: TransformerConfig) -> AttentionPlan:
-    """A plan from itself, the name of a built-in one, or its file.
-
-    Raises:
-        PlanError: it is no plan, or not one for that configuration.
-        OSError: the file cannot be read.
-    """
-    if isinstance(plan, str) and plan in BUILT_IN:
-        return BUILT_IN[plan](config)
-    if isinstance(plan, str | os.PathLike):
-        from cogx_fast.attention.plan_file import read_plan
-
-        if not Path(plan).exists():
-            raise PlanError(
-                f"attention plan {str(plan)!r} is no file and none of the built-in ones ({', '.join(BUILT_IN)})"
-            )
-        plan = read_plan(plan)
-    if not isinstance(plan, AttentionPlan):
-        raise PlanError(f"attention_plan is a {type(plan).__name__}, expected an AttentionPlan, a name or a file")
-    plan.check(config)
-    return plan
-
-
 def hash_config(config: TransformerConfig) -> str:
     """A short hash of a configuration."""
     return _digest(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
@@ -215,5 +190,5 @@ def _digest(data: bytes) -> str:
 
 
 __all__ = [
-    "BUILT_IN", "FULL", "LAST_TIMESTEP", "AttentionPlan", "PlanError", "choose_plan", "hash_config", "hash_weights"
+    "BUILT_IN", "FULL", "LAST_TIMESTEP", "AttentionPlan", "PlanError", "hash_config", "hash_weights"
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention plans as TOML files: small, to be read and edited by people."""
+"""Attention plans by name, and as TOML files: small, to be read and edited by people."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cogx_fast.attention.plan import AttentionPlan, PlanError
+from cogx_fast.attention.plan import BUILT_IN, AttentionPlan, PlanError
 from cogx_fast.attention.windows import Pattern
+from cogx_fast.config import TransformerConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,6 +21,27 @@ else:
 
 FORMAT = 1
 _SCALARS = ("dense_above", "block_size", "config_hash", "weights_hash", "origin")
+
+
+def choose_plan(plan: AttentionPlan | str | os.PathLike[str], config: TransformerConfig) -> AttentionPlan:
+    """A plan from itself, the name of a built-in one, or its file.
+
+    Raises:
+        PlanError: it is no plan, or not one for that configuration.
+        OSError: the file cannot be read.
+    """
+    if isinstance(plan, str) and plan in BUILT_IN:
+        return BUILT_IN[plan](config)
+    if isinstance(plan, str | os.PathLike):
+        if not Path(plan).exists():
+            raise PlanError(
+                f"attention plan {str(plan)!r} is no file and none of the built-in ones ({', '.join(BUILT_IN)})"
+            )
+        plan = read_plan(plan)
+    if not isinstance(plan, AttentionPlan):
+        raise PlanError(f"attention_plan is a {type(plan).__name__}, expected an AttentionPlan, a name or a file")
+    plan.check(config)
+    return plan
 
 
 def write_plan(plan: AttentionPlan, path: str | os.PathLike[str]) -> None:
@@ -137,4 +159,4 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-__all__ = ["read_plan", "render_plan", "write_plan", "write_whole"]
+__all__ = ["choose_plan", "read_plan", "render_plan", "write_plan", "write_whole"]

@@ -11,12 +11,12 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from cogx_fast import __version__
 from cogx_fast.cli import bench, compare, demo, explain, export, generate, info, plan, quantize, recipes, roofline, tune
 from cogx_fast.cli.arguments import Parser
 from cogx_fast.cli.output import fail, one_line, quiet_libraries
 from cogx_fast.extras import MissingDependencyError
 from cogx_fast.terminal import Progress
+from cogx_fast.version import __version__
 
 _COMMANDS = {
     "demo": demo,

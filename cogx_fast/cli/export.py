@@ -49,8 +49,8 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
     from cogx_fast.loading import load_weights
+    from cogx_fast.runtime.export import export_package
     from cogx_fast.runtime.module import CogVideoXModel
-    from cogx_fast.runtime.package import export_package
 
     out = Path(arguments.out)
     if not out.parent.is_dir():

@@ -120,7 +120,7 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: s
 
 def describe_versions() -> dict[str, Any]:
     """Versions that compiled code belongs to."""
-    from cogx_fast import __version__
+    from cogx_fast.version import __version__
 
     return {"torch": str(torch.__version__), "cogx_fast": __version__}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -13,12 +13,14 @@ from cogx_fast.model.products import is_int8_dynamic
 from cogx_fast.runtime.attached import Watch
 from cogx_fast.runtime.calls import Calls
 from cogx_fast.runtime.compiled import CompiledRunner, WholeRunner, refuse_untraceable
-from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.recompiles import CompilationStats, RecompileError, RecompileWarning, watch_compilation
 from cogx_fast.runtime.runner import Runner, call_eagerly
 from cogx_fast.runtime.symbols import Symbols, quantizes_activations
 from cogx_fast.runtime.torch_cache import CacheDirectory
 from cogx_fast.runtime.warm_start import Recorder
+
+if TYPE_CHECKING:
+    from cogx_fast.runtime.module import CogVideoXModel
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 

@@ -22,7 +22,8 @@ from cogx_fast.runtime.inputs import Preparation
 from cogx_fast.runtime.quantized import follow_dtype
 from cogx_fast.runtime.runner import Runner, compute_all
 from cogx_fast.runtime.step_cache import StepCache
-from cogx_fast.runtime.step_schedule import StepSchedule, choose_strategy
+from cogx_fast.runtime.step_schedule import StepSchedule
+from cogx_fast.runtime.step_schedule_file import choose_strategy
 
 if TYPE_CHECKING:
     from cogx_fast.measure.explain import Explanation

@@ -1,16 +1,27 @@
-"""Step schedules as TOML files: small, to be read and edited by people."""
+"""Step schedules by name, and as TOML files: small, to be read and edited by people."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from cogx_fast.attention.plan_file import write_whole
-from cogx_fast.runtime.step_schedule import StepCacheError, StepSchedule
+from cogx_fast.config import TransformerConfig
+from cogx_fast.runtime.step_schedule import (
+    EVEN,
+    FirstBlock,
+    Given,
+    Mask,
+    StepCacheError,
+    StepSchedule,
+    Strategy,
+    TeaCache,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,6 +33,55 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "num_layers": (int,), "forecast": (str,), "scheduler": (str,), "config_hash": (str,), "error": (int, float),
     "origin": (str,),
 }  # fmt: skip
+
+
+def choose_strategy(
+    value: StepSchedule | str | os.PathLike[str], config: TransformerConfig | None = None
+) -> Strategy | FirstBlock:
+    """What ``step_cache=`` means.
+
+    Args:
+        value: a schedule, a TOML file of one, "quality", "balanced", "fast", "teacache:0.2", "mask:1,1,0,…", or
+            "first-block:0.08".
+        config: of the model that it is for; None: what depends on it is not checked yet.
+
+    Returns:
+        Where the schedule comes from.
+
+    Raises:
+        StepCacheError: it is none of these, or another model's.
+    """
+    if isinstance(value, StepSchedule):
+        if config is not None:
+            value.check(config)
+        return Given(value)
+    if not isinstance(value, str | os.PathLike):
+        raise StepCacheError(f"step_cache is a {type(value).__name__}, expected a StepSchedule, a name or a file")
+    text = os.fspath(value)
+    if text in EVEN:
+        return EVEN[text]
+    name, colon, argument = text.partition(":")
+    if colon and name == "mask":
+        marks = [mark.strip() for mark in argument.split(",")]
+        if not set(marks) <= {"0", "1"}:
+            raise StepCacheError(f"step_cache is {text!r}, expected a 0 or 1 for each step: 'mask:1,1,0,1'")
+        if marks[0] != "1":
+            raise StepCacheError("the mask skips the first step, but there is nothing yet to take: begin with 1")
+        return Mask(tuple(mark == "1" for mark in marks))
+    if colon and name in ("teacache", "first-block"):
+        try:
+            threshold = float(argument)
+        except ValueError:
+            threshold = math.nan
+        if not 0 <= threshold < math.inf:
+            raise StepCacheError(f"step_cache is {text!r}, expected a number of 0 or more, as in '{name}:0.2'")
+        return TeaCache(threshold) if name == "teacache" else FirstBlock(threshold)
+    if text.endswith(".toml") or Path(text).is_file():
+        return choose_strategy(read_schedule(text), config)
+    raise StepCacheError(
+        f"step_cache is {text!r}, expected {', '.join(EVEN)}, 'teacache:0.2', 'mask:1,1,0,…', 'first-block:0.08' or "
+        "the .toml file of a schedule"
+    )
 
 
 def render_schedule(schedule: StepSchedule) -> str:
@@ -78,4 +138,4 @@ def _parse(data: dict[str, Any]) -> StepSchedule:
     return StepSchedule(blocks=tuple(blocks), **values)
 
 
-__all__ = ["read_schedule", "render_schedule", "write_schedule"]
+__all__ = ["choose_strategy", "read_schedule", "render_schedule", "write_schedule"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import cogx_fast
-from cogx_fast.attention.plan import BUILT_IN, FULL, AttentionPlan, PlanError, choose_plan, hash_config, hash_weights
-from cogx_fast.attention.plan_file import read_plan, render_plan, write_plan
+from cogx_fast.attention.plan import BUILT_IN, FULL, AttentionPlan, PlanError, hash_config, hash_weights
+from cogx_fast.attention.plan_file import choose_plan, read_plan, render_plan, write_plan
 from cogx_fast.attention.windows import Pattern, block_boxes, kept_blocks, token_order
 from cogx_fast.config import PRESETS
 from cogx_fast.runtime.compile import CompileConfig, compile_model, uncompile_model, watch_compilation

@@ -39,7 +39,7 @@ def test_sizes_as_tokens(text: str | None, tokens: tuple[int, int]) -> None:
 def test_what_cannot_be_is_said(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cogx_fast.runtime import package as module
+    from cogx_fast.runtime import export as module
 
     def nothing(*_: Any, **__: Any) -> None:
         pytest.fail("compiled all the same")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast.attention.plan import choose_plan
+from cogx_fast.attention.plan_file import choose_plan
 from cogx_fast.config import PRESETS
 from cogx_fast.runtime import auto_attention
 from cogx_fast.runtime.compile import CompileConfig

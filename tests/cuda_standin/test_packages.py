@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast.runtime.package import SizeRange, export_package, load_package
+from cogx_fast.loading import load_package
+from cogx_fast.runtime.export import export_package
+from cogx_fast.runtime.package import SizeRange
 from tests.cuda_standin.device import FAST, FEW_CANDIDATES, attention_kernels, call, checkpoint
 
 LAYERS = 2

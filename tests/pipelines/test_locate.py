@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cogx_fast.assets import tiny_pipeline_dir
+from cogx_fast.cli.info import describe
 from cogx_fast.config import PRESETS
-from cogx_fast.info import describe
 from cogx_fast.pipelines.locate import Model, ModelNotFoundError, locate, locate_pipeline, read_stored_weights
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
 

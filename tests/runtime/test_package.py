@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast.loading import load, load_weights
+from cogx_fast.loading import load, load_package, load_weights
+from cogx_fast.runtime import export
 from cogx_fast.runtime import package as module
 from cogx_fast.runtime.code_file import ArtifactError, read_artifact, write_artifact
+from cogx_fast.runtime.export import export_package
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.package import SizeRange, export_package, load_package
+from cogx_fast.runtime.package import SizeRange
 from tests.conftest import Package
 from tests.support import RELEASED, inputs, relative_error, small, upstream
 
@@ -227,13 +229,13 @@ def test_int8_products_are_compiled_as_without_a_package(
     from cogx_fast.runtime.compile import INT8_OPTIONS
 
     found: dict[str, Any] = {}
-    monkeypatch.setattr(module, "export_block", lambda *_: None)
+    monkeypatch.setattr(export, "export_block", lambda *_: None)
     monkeypatch.setattr(
         torch._inductor, "aoti_compile_and_package", lambda *_, inductor_configs, **__: found.update(inductor_configs)
     )
     monkeypatch.setattr(CogVideoXModel, "device", torch.device(device))
     model = CogVideoXModel(small("5b", num_layers=1)) if recipe is None else quantized(upstream(small("5b")), recipe)
-    module._compile_block(model, model.transformer_blocks[0], SizeRange(tokens=(2, 9)), tmp_path / "0")
+    export._compile_block(model, model.transformer_blocks[0], SizeRange(tokens=(2, 9)), tmp_path / "0")
     assert found["aot_inductor.embed_kernel_binary"]
     assert (found.items() >= INT8_OPTIONS.items()) == given
     assert bool(found.get("max_autotune")) == (device == "cuda")

@@ -23,8 +23,8 @@ from cogx_fast.runtime.compile import CompileConfig, compile_model, uncompile_mo
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.runner import Runner
 from cogx_fast.runtime.step_cache import place_of
-from cogx_fast.runtime.step_schedule import EVEN, StepCacheError, StepSchedule, choose_strategy
-from cogx_fast.runtime.step_schedule_file import read_schedule, render_schedule, write_schedule
+from cogx_fast.runtime.step_schedule import EVEN, StepCacheError, StepSchedule
+from cogx_fast.runtime.step_schedule_file import choose_strategy, read_schedule, render_schedule, write_schedule
 from tests.support import inputs, relative_error, small
 
 LAYERS = 4

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
-from cogx_fast.measure.explain.report import Explanation, KindTotal
+if TYPE_CHECKING:
+    from cogx_fast.measure.explain.report import Explanation, KindTotal
 
 _PHASES = {
     "dynamo": "capturing (dynamo)", "aot": "preparing (AOTAutograd)", "inductor": "fusing and writing code (inductor)",
