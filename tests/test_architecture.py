@@ -59,6 +59,8 @@ class Import:
     module: str
     line: int
     eager: bool
+    types: bool = False
+    """Under TYPE_CHECKING: it never happens."""
 
 
 def sources(root: Path, *packages: str) -> list[Source]:
@@ -66,28 +68,32 @@ def sources(root: Path, *packages: str) -> list[Source]:
     return [Source(root, path, ast.parse(path.read_text(encoding="utf-8"), str(path))) for path in paths]
 
 
+def for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
 def nodes(tree: ast.AST, eager: bool = True) -> Iterator[tuple[ast.AST, bool]]:
     """Every node below `tree`, and whether it runs on import: not so in a function or under TYPE_CHECKING."""
     for child in ast.iter_child_nodes(tree):
-        deferred = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
-            deferred = True
+        deferred = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or for_types(child)
         yield child, eager
         yield from nodes(child, eager and not deferred)
 
 
 def imports(source: Source) -> Iterator[Import]:
+    typed = {id(each) for node in ast.walk(source.tree) if for_types(node) for each in ast.walk(node)}
     for node, eager in nodes(source.tree):
+        types = id(node) in typed
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, node.lineno, eager)
+                yield Import(alias.name, node.lineno, eager, types)
         elif isinstance(node, ast.ImportFrom):
             above = source.package[: len(source.package) - node.level + 1] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:  # `from package import module` imports package.module
                 inside = source.root.joinpath(*module.split("."), alias.name)
                 is_module = inside.is_dir() or inside.with_suffix(".py").is_file()
-                yield Import(f"{module}.{alias.name}" if is_module else module, node.lineno, eager)
+                yield Import(f"{module}.{alias.name}" if is_module else module, node.lineno, eager, types)
 
 
 def below(module: str, *parents: str) -> bool:
@@ -97,23 +103,80 @@ def below(module: str, *parents: str) -> bool:
 # --------------------------------------------------------------------------------------------------------- the rules
 
 
+BELOW = {
+    "config": set(),
+    "extras": set(),
+    "terminal": set(),
+    "version": set(),
+    "sizes": {"config"},
+    "assets": {"config", "extras"},
+    "model": {"config", "sizes", "attention"},
+    "attention": {"config", "sizes", "model"},
+    "weights": {"config", "sizes", "model", "attention"},
+    "runtime": {"config", "sizes", "extras", "version", "model", "attention", "weights"},
+    "loading": {"config", "sizes", "assets", "model", "attention", "weights", "runtime"},
+    "video": {"config", "sizes", "extras", "assets"},
+}
+"""What each room (a folder or a file of the package) may import, lazily or not. What is not named may import all of
+``FOUNDATION`` and what ``ABOVE`` says."""
+FOUNDATION = {*BELOW} - {"video"}
+ABOVE = {
+    "measure": FOUNDATION,
+    "pipelines": FOUNDATION | {"video"},
+    "tune": FOUNDATION | {"video", "measure", "pipelines"},
+    "cli": FOUNDATION | {"video", "measure", "pipelines", "tune"},
+    "__init__": {"config", "loading", "pipelines", "runtime", "version", "weights"},
+    "__main__": {"cli"},
+}
+DOORS = {
+    ("cogx_fast.runtime.module", "cogx_fast.measure.explain"): "model.explain() is a method of what users hold",
+    ("cogx_fast.runtime.diffusers_model", "cogx_fast.loading"): "from_pretrained is a class method in diffusers",
+}
+"""The arrows that point up, each for a method that users expect on the class itself, and called when it is."""
+
+
+def is_module(root: Path, name: str) -> bool:
+    path = root.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
 def check_directions(root: Path) -> list[str]:
-    """`config` stands alone, `model` knows only it; `weights` and `runtime` know both, but not each other."""
+    """Rooms import as the architecture draws it, in functions, too; what serves types alone is free."""
+    allowed = BELOW | ABOVE
     found = []
     for source in sources(root, "cogx_fast", "quant"):
-        room = ".".join(source.name.removesuffix(".py").split("/")[:2])
+        module = source.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        room = [*module.split("."), "__init__"][1]
         for item in imports(source):
-            ours, foundation = below(item.module, "cogx_fast"), ("cogx_fast.config", "cogx_fast.model")
-            wrong = {
-                "cogx_fast.config": ours,
-                "cogx_fast.model": ours and not below(item.module, *foundation),
-                "cogx_fast.weights": below(item.module, "cogx_fast.runtime")
-                or (ours and item.eager and not below(item.module, *foundation, "cogx_fast.weights")),
-                "cogx_fast.runtime": ours and item.eager and not below(item.module, *foundation, "cogx_fast.runtime"),
-            }.get(room, ours and source.package[0] == "quant")
-            if wrong:
+            if not below(item.module, "cogx_fast") or item.types or (module, item.module) in DOORS:
+                continue
+            parts = item.module.split(".")
+            target = parts[1] if len(parts) > 1 and is_module(root, ".".join(parts[:2])) else "__init__"
+            if source.package[0] == "quant" or target not in {room, *allowed.get(room, ())}:
                 found.append(f"{source.name}:{item.line}: must not import {item.module}")
     return found
+
+
+def check_cycles(root: Path) -> list[str]:
+    """No two files import each other, directly or not, in functions neither."""
+    arrows: dict[str, dict[str, str]] = {}
+    for source in sources(root, "cogx_fast", "quant"):
+        module = source.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for item in imports(source):
+            if below(item.module, "cogx_fast", "quant") and not item.types and (module, item.module) not in DOORS:
+                arrows.setdefault(module, {}).setdefault(item.module, f"{source.name}:{item.line}")
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            first = path[path.index(module) :]
+            return [f"{arrows[first[-1]][module]}: closes the circle {' → '.join([*first, module])}"]
+        if module in done:
+            return []
+        done.add(module)
+        return [line for target in arrows.get(module, ()) for line in walk(target, [*path, module])]
+
+    return [line for module in list(arrows) for line in walk(module, [])]
 
 
 def check_heavy_imports(root: Path) -> list[str]:
@@ -163,10 +226,19 @@ def check_environment(root: Path) -> list[str]:
 
 RULES: list[Callable[[Path], list[str]]] = [
     check_directions,
+    check_cycles,
     check_heavy_imports,
     check_compiler_owner,
     check_environment,
 ]
+
+
+def plant(root: Path, path: str, text: str) -> None:
+    for room in BELOW | ABOVE:
+        (root / "cogx_fast" / room).mkdir(parents=True, exist_ok=True)
+    (root / "cogx_fast/measure/explain").mkdir()
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(text)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -182,7 +254,12 @@ def test_the_sources_keep_the_rule(rule):
         (check_directions, "cogx_fast/model/a.py", "from ..weights import layout"),
         (check_directions, "cogx_fast/model/a.py", "from cogx_fast import load"),
         (check_directions, "cogx_fast/model/a.py", "def f():\n    from cogx_fast import cli"),
-        (check_directions, "cogx_fast/runtime/a.py", "from cogx_fast.weights import layout"),
+        (check_directions, "cogx_fast/runtime/a.py", "def f():\n    from cogx_fast.pipelines import accelerate"),
+        (check_directions, "cogx_fast/runtime/a.py", "import cogx_fast.measure.costs"),
+        (check_directions, "cogx_fast/loading.py", "def f():\n    from cogx_fast import measure"),
+        (check_directions, "cogx_fast/pipelines/a.py", "import cogx_fast.tune.steps"),
+        (check_directions, "cogx_fast/new_room/a.py", "import cogx_fast.config"),
+        (check_cycles, "cogx_fast/runtime/a.py", "def f():\n    from cogx_fast.runtime import a"),
         (check_directions, "cogx_fast/weights/a.py", "def f():\n    from cogx_fast.runtime.module import M"),
         (check_directions, "cogx_fast/weights/a.py", "import cogx_fast.pipelines.accelerate"),
         (check_directions, "quant/a.py", "def f():\n    import cogx_fast.config"),
@@ -201,9 +278,7 @@ def test_the_sources_keep_the_rule(rule):
     ],
 )
 def test_a_planted_violation_is_reported(rule, path, text, tmp_path):
-    for package in ("cogx_fast/model", "cogx_fast/runtime", "cogx_fast/weights", "quant"):
-        (tmp_path / package).mkdir(parents=True)
-    (tmp_path / path).write_text(text)
+    plant(tmp_path, path, text)
     found = rule(tmp_path)
     assert len(found) >= 1
     assert all(line.startswith(f"{path}:") for line in found)
@@ -214,20 +289,28 @@ def test_a_planted_violation_is_reported(rule, path, text, tmp_path):
     [
         ("cogx_fast/model/a.py", "from cogx_fast.config import TransformerConfig\nfrom .b import f\nimport os"),
         ("cogx_fast/runtime/a.py", "def f():\n    from cogx_fast.weights import layout"),
+        ("cogx_fast/weights/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import cogx_fast.cli"),
+        ("cogx_fast/runtime/module.py", "def f():\n    from cogx_fast.measure import explain"),
         ("cogx_fast/runtime/compile.py", "def f():\n    import torch._dynamo as d\n    return d.config"),
         (
             "cogx_fast/pipelines/accelerate.py",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers",
         ),
-        ("cogx_fast/cli.py", "import os\ndef f():\n    import matplotlib\n    return os.environ"),
+        ("cogx_fast/cli/a.py", "import os\ndef f():\n    import matplotlib\n    return os.environ"),
         ("quant/a.py", '"""Leaves torch._inductor alone."""\nimport torchao'),
     ],
 )
 def test_what_is_allowed_is_not_reported(path, text, tmp_path):
-    for package in ("cogx_fast/model", "cogx_fast/runtime", "quant"):
-        (tmp_path / package).mkdir(parents=True)
-    (tmp_path / path).write_text(text)
+    plant(tmp_path, path, text)
     assert [line for rule in RULES for line in rule(tmp_path)] == []
+
+
+def test_a_circle_of_three_is_reported(tmp_path):
+    for name, other in (("a", "b"), ("b", "c"), ("c", "a")):
+        text = f"def f():\n    from cogx_fast.runtime.{other} import f"
+        (tmp_path / "cogx_fast/runtime").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"cogx_fast/runtime/{name}.py").write_text(text)
+    assert len(check_cycles(tmp_path)) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ inert imports
