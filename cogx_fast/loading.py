@@ -14,9 +14,11 @@ from torch import nn
 from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.attention.backends import get_backend
 from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
+from cogx_fast.model.transformer import Block
 from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.auto_attention import AttentionFor
 from cogx_fast.runtime.source import check_source
+from cogx_fast.runtime.streaming import check_offload, stream_blocks, streamed_blocks
 from cogx_fast.runtime.upstream import model_class
 from cogx_fast.sizes import count_tokens, default_video
 from cogx_fast.weights.checkpoint import load_checkpoint
@@ -54,6 +56,7 @@ def load(
     compile_cache: str | os.PathLike[str] | None = None,
     quant: str | os.PathLike[str] | Recipe | None = None,
     loras: Sequence[LoraLike] = (),
+    offload: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -93,6 +96,9 @@ def load(
         loras: LoRA files (``.safetensors``), merged into the weights in this order before they are quantized: each a
             path, ``(path, weight)``, or a ``cogx_fast.Lora``, which can say its alpha (``weights.lora`` lists what is
             read). Of a live model the merged weights are copies; its own stay as they are.
+        offload: "blocks" keeps the blocks' weights in host memory and copies each to the device while the one before
+            it computes (``runtime.streaming``): the device holds two blocks of them and the rest of the model. For
+            inference; not with ``scope="model"``, CUDA graphs or packages. ``model.to(device)`` says where it computes.
         revision: branch, tag or commit of a hub id.
         cache_dir: the hub's cache, if another than huggingface_hub's own.
         local_files_only: take a hub id from the cache only.
@@ -111,11 +117,13 @@ def load(
         StepCacheError: (a ValueError) a step schedule that is none, before anything is loaded, or another model's.
         PlanError: (a ValueError) an attention plan that is none, or another model's.
         ValueError: an attention backend that is not known or cannot run here; the message says what to do.
+        OffloadError: (a ValueError) ``offload`` does not go with the rest; before anything is loaded.
         LoraError: (a ValueError) a LoRA file that is damaged, another model's, or of a kind that cannot be merged.
         QuantError: (a ValueError) a recipe that does not fit the model or cannot run here; before weights are read.
     """
     if compile_cache is not None and not compile:
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
+    check_offload(offload, compile)
     if step_cache is not None:
         from cogx_fast.runtime.step_schedule_file import choose_strategy
 
@@ -132,6 +140,7 @@ def load(
         compiled=bool(compile),
         quant=quant,
         loras=loras,
+        offload=offload is not None,
         revision=revision,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
@@ -211,6 +220,7 @@ def load_weights(
     device: torch.device | str | int | None = None,
     quant: str | os.PathLike[str] | Recipe | None = None,
     loras: Sequence[LoraLike] = (),
+    offload: bool = False,
     check_finite: bool = False,
     **files: Any,
 ) -> CogVideoXModel:
@@ -221,6 +231,7 @@ def load_weights(
         build: the class (``runtime.upstream.model_class``).
         attention: as of ``load``.
         compiled: "auto" times attention as it runs compiled.
+        offload: whether the blocks are streamed.
         files: ``revision``, ``cache_dir``, ``local_files_only`` and ``variant`` of ``load``.
 
     Returns:
@@ -241,19 +252,23 @@ def load_weights(
     merge = Merge(loras)
     prepare = None
     if quant is not None or loras:
-        prepare = partial(_prepare, merge=merge, recipe=quant, device=home)
+        prepare = partial(_prepare, merge=merge, recipe=quant, device=home, offload=offload)
     if isinstance(source, nn.Module):
+        read_to = None if offload else place
         model = adopt(
-            source, build, dtype=wanted, device=place, check_finite=check_finite, prepare=prepare, check=check_source
+            source, build, dtype=wanted, device=read_to, check_finite=check_finite, prepare=prepare, check=check_source
         )
         if getattr(source, "gradient_checkpointing", False):
             run: Any = source._gradient_checkpointing_func
             model.enable_gradient_checkpointing(None if is_from(run, "diffusers") else run)
     else:
         found = resolve(tiny_pipeline_dir() if source == "tiny" else source, config=config, **files)
-        model = load_checkpoint(found, build, dtype=wanted, device=home, check_finite=check_finite, prepare=prepare)
+        read_to = torch.device("cpu") if offload else home
+        model = load_checkpoint(found, build, dtype=wanted, device=read_to, check_finite=check_finite, prepare=prepare)
         model.register_to_config(_name_or_path=str(source))
     merge.check_done()
+    if offload:
+        stream_blocks(model, home)
     model.eval()
     _set_attention(model, attention, compiled=compiled)
     if place is not None or not torch.accelerator.is_available():  # else it may be on its way to another device
@@ -267,12 +282,14 @@ def _prepare(
     merge: Merge,
     recipe: str | os.PathLike[str] | Recipe | None,
     device: torch.device,
+    offload: bool,
 ) -> Finish:
-    """What is done to each part of the model, in this order: LoRAs are merged, then it is quantized.
+    """What is done to each part of the model, in this order: LoRAs are merged, it is quantized, a block is offloaded.
 
     By the time that this returns it is sure that both can be carried out.
     """
     merge.read(model.config)
+    streamed = streamed_blocks(model) if offload else None
     planned = None
     if recipe is not None:
         from quant.apply import plan, remember
@@ -283,7 +300,9 @@ def _prepare(
     def finish(part: nn.Module, name: str) -> None:
         merge.finish(part, name)
         if planned is not None:
-            planned.apply(part, name, measure=False)
+            planned.apply(part, name, device=device if offload else None, measure=False)
+            if streamed is not None and isinstance(part, Block):
+                streamed.hold(part)
             return_freed_memory()
 
     return finish

@@ -25,7 +25,7 @@ def accelerate(pipe: Pipeline, **options: Any) -> Pipeline:
         pipe: a ``CogVideoXPipeline``, ``…ImageToVideoPipeline``, ``…VideoToVideoPipeline`` or
             ``CogVideoXFunControlPipeline``; changed in place.
         **options: as for ``cogx_fast.load``: ``dtype``, ``device``, ``attention``, ``attention_plan``, ``step_cache``,
-            ``compile``, ``compile_cache``, ``quant``, ``loras``, ``check_finite``.
+            ``compile``, ``compile_cache``, ``quant``, ``loras``, ``offload``, ``check_finite``.
 
     Returns:
         The same pipeline.
@@ -42,6 +42,8 @@ def accelerate(pipe: Pipeline, **options: Any) -> Pipeline:
         )
     transformer = getattr(transformer, "_orig_mod", transformer)  # inside torch.compile's wrapper
     placement = Placement(transformer)
+    if options.get("offload") is not None:
+        placement.refuse_layers(f"offload={options['offload']!r} streams the blocks itself")
     with placement.lifted():
         model = load(transformer, **options)
     placement.give(model)

@@ -50,6 +50,18 @@ class Placement:
             return "accelerate offloads it to the disk"
         return None
 
+    def refuse_layers(self, why: str) -> None:
+        """Refuse a model that is offloaded layer by layer.
+
+        Raises:
+            AttachedError: (a ValueError) it is.
+        """
+        if self._offloading:
+            raise AttachedError(
+                f"the pipeline is offloaded layer by layer (enable_sequential_cpu_offload), but {why}: call "
+                "pipe.remove_all_hooks() first, and pipe.enable_model_cpu_offload() after accelerate for the rest"
+            )
+
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """Without the hooks, and with the weights that they hold; afterwards the model is exactly as it was."""

@@ -283,8 +283,8 @@ def refuse_untraceable(slots: Slots) -> None:
     """
     if names := slots.untraceable():
         raise ValueError(
-            f"{', '.join(names)} (a step cache, say) decides outside of compiled code, which a graph of the whole step "
-            "cannot: use CompileConfig(scope='block')"
+            f"{', '.join(names)} (a step cache, offload='blocks') decides outside of compiled code, which a graph of "
+            "the whole step cannot: use CompileConfig(scope='block')"
         )
 
 

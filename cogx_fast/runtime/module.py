@@ -24,6 +24,7 @@ from cogx_fast.runtime.runner import Runner, compute_all
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import StepSchedule
 from cogx_fast.runtime.step_schedule_file import choose_strategy
+from cogx_fast.runtime.streaming import kept_on_host
 
 if TYPE_CHECKING:
     from cogx_fast.measure.explain import Explanation
@@ -176,7 +177,8 @@ class CogVideoXModel(CogVideoXTransformer):
         return TransformerOutput(sample)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CogVideoXModel:
-        super()._apply(fn, recurse)
+        with kept_on_host(self, fn):
+            super()._apply(fn, recurse)
         follow_dtype(self, fn)
         return self
 

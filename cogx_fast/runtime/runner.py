@@ -3,7 +3,7 @@
 | slot | what it decides | its values |
 |---|---|---|
 | call_block | how a block is computed | eager (here); compiled (``compiled``); packaged (``package``) |
-| residency | where a block's weights are when it is called | on the device (here) |
+| residency | where a block's weights are when it is called | on the device (here); streamed to it (``streaming``) |
 | reuse | which blocks a step computes | all of them (here); as a schedule says (``step_cache``) |
 | split | which part of the stream this process computes | all of it (here) |
 
@@ -89,8 +89,8 @@ class CallWith:
         return partial(block, compute=self.computes[layer])
 
 
-def on_device(blocks: Iterable[Any], first: int, last: int) -> Iterable[tuple[int, Block]]:
-    """Blocks whose weights lie where they are needed."""
+def on_device(blocks: Iterable[Any], first: int, last: int, device: torch.device) -> Iterable[tuple[int, Block]]:
+    """Blocks whose weights lie on the device where they are needed."""
     return enumerate(list(blocks)[first:last], first)
 
 
@@ -146,7 +146,7 @@ def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
     is_checkpointed = model.gradient_checkpointing and torch.is_grad_enabled()
 
     def compute(x_BSD: Tensor, first: int, last: int) -> Tensor:
-        for layer, block in slots.residency(model.transformer_blocks, first, last):
+        for layer, block in slots.residency(model.transformer_blocks, first, last, x_BSD.device):
             call = slots.call_block(layer, block)
             if is_checkpointed:
                 call = partial(model._gradient_checkpointing_func or _checkpoint, call)

@@ -74,6 +74,11 @@ def unflatten(like: Any, values: Iterator[Tensor]) -> Tensor:
     return rebuilt
 
 
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a weight is made of, in the order in which ``unflatten`` takes them; a plain one alone."""
+    return [operator.attrgetter(path)(tensor) if path else tensor for path in _paths(tensor)]
+
+
 def _leaves(block: nn.Module) -> list[tuple[Callable[[Any], Tensor], Tensor]]:
     """For each plain tensor the weight that it is, or is a part of, and what takes it from there."""
     return [
@@ -109,4 +114,4 @@ def _describe(tensor: Any) -> str:
     return f"{type(tensor).__name__}({inner}; {context})"
 
 
-__all__ = ["OTHER_WEIGHTS", "Weights", "hash_block", "leaves", "named_weights", "unflatten"]
+__all__ = ["OTHER_WEIGHTS", "Weights", "hash_block", "leaves", "named_weights", "plain_tensors", "unflatten"]

@@ -46,7 +46,7 @@ def test_reuse_decides_which_blocks_are_computed(model: Any) -> None:
 def test_residency_says_which_block_computes_a_layer(model: Any) -> None:
     seen: list[int] = []
 
-    def told(blocks: Iterable[Any], first: int, last: int) -> Iterable[tuple[int, Any]]:
+    def told(blocks: Iterable[Any], first: int, last: int, _: torch.device) -> Iterable[tuple[int, Any]]:
         for layer in range(first, last):
             seen.append(layer)
             yield layer, list(blocks)[layer]
