@@ -17,6 +17,7 @@ from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
 from cogx_fast.model.transformer import Block
 from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.auto_attention import AttentionFor
+from cogx_fast.runtime.baked import read_schedule
 from cogx_fast.runtime.source import check_source
 from cogx_fast.runtime.streaming import check_offload, stream_blocks, streamed_blocks
 from cogx_fast.runtime.upstream import model_class
@@ -57,6 +58,7 @@ def load(
     quant: str | os.PathLike[str] | Recipe | None = None,
     loras: Sequence[LoraLike] = (),
     offload: str | None = None,
+    schedule: Any = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -99,6 +101,9 @@ def load(
         offload: "blocks" keeps the blocks' weights in host memory and copies each to the device while the one before
             it computes (``runtime.streaming``): the device holds two blocks of them and the rest of the model. For
             inference; not with ``scope="model"``, CUDA graphs or packages. ``model.to(device)`` says where it computes.
+        schedule: bake the conditioning (``runtime.baked``): True, a diffusers scheduler, or timesteps as numbers. The
+            modulation's weights (a seventh of 5b) stay in host memory; a table of the timesteps that a pipeline's
+            scheduler has is made of them as they change. For inference.
         revision: branch, tag or commit of a hub id.
         cache_dir: the hub's cache, if another than huggingface_hub's own.
         local_files_only: take a hub id from the cache only.
@@ -118,12 +123,15 @@ def load(
         PlanError: (a ValueError) an attention plan that is none, or another model's.
         ValueError: an attention backend that is not known or cannot run here; the message says what to do.
         OffloadError: (a ValueError) ``offload`` does not go with the rest; before anything is loaded.
+        ScheduleError: (a ValueError) ``schedule`` is none; before anything is loaded.
         LoraError: (a ValueError) a LoRA file that is damaged, another model's, or of a kind that cannot be merged.
         QuantError: (a ValueError) a recipe that does not fit the model or cannot run here; before weights are read.
     """
     if compile_cache is not None and not compile:
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
     check_offload(offload, compile)
+    if schedule is not None:
+        read_schedule(schedule)
     if step_cache is not None:
         from cogx_fast.runtime.step_schedule_file import choose_strategy
 
@@ -141,6 +149,7 @@ def load(
         quant=quant,
         loras=loras,
         offload=offload is not None,
+        schedule=schedule,
         revision=revision,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
@@ -221,6 +230,7 @@ def load_weights(
     quant: str | os.PathLike[str] | Recipe | None = None,
     loras: Sequence[LoraLike] = (),
     offload: bool = False,
+    schedule: Any = None,
     check_finite: bool = False,
     **files: Any,
 ) -> CogVideoXModel:
@@ -232,6 +242,7 @@ def load_weights(
         attention: as of ``load``.
         compiled: "auto" times attention as it runs compiled.
         offload: whether the blocks are streamed.
+        schedule: as of ``load``.
         files: ``revision``, ``cache_dir``, ``local_files_only`` and ``variant`` of ``load``.
 
     Returns:
@@ -253,8 +264,9 @@ def load_weights(
     prepare = None
     if quant is not None or loras:
         prepare = partial(_prepare, merge=merge, recipe=quant, device=home, offload=offload)
+    is_split = offload or schedule is not None  # then what is not to lie on the device never does
     if isinstance(source, nn.Module):
-        read_to = None if offload else place
+        read_to = None if is_split else place
         model = adopt(
             source, build, dtype=wanted, device=read_to, check_finite=check_finite, prepare=prepare, check=check_source
         )
@@ -263,12 +275,16 @@ def load_weights(
             model.enable_gradient_checkpointing(None if is_from(run, "diffusers") else run)
     else:
         found = resolve(tiny_pipeline_dir() if source == "tiny" else source, config=config, **files)
-        read_to = torch.device("cpu") if offload else home
+        read_to = torch.device("cpu") if is_split else home
         model = load_checkpoint(found, build, dtype=wanted, device=read_to, check_finite=check_finite, prepare=prepare)
         model.register_to_config(_name_or_path=str(source))
     merge.check_done()
+    if schedule is not None:
+        model.set_schedule(schedule)
     if offload:
         stream_blocks(model, home)
+    elif is_split:
+        model.to(home)
     model.eval()
     _set_attention(model, attention, compiled=compiled)
     if place is not None or not torch.accelerator.is_available():  # else it may be on its way to another device
@@ -300,7 +316,7 @@ def _prepare(
     def finish(part: nn.Module, name: str) -> None:
         merge.finish(part, name)
         if planned is not None:
-            planned.apply(part, name, device=device if offload else None, measure=False)
+            planned.apply(part, name, device=device, measure=False)
             if streamed is not None and isinstance(part, Block):
                 streamed.hold(part)
             return_freed_memory()

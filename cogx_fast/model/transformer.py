@@ -166,6 +166,7 @@ class CogVideoXTransformer(Part):
         ofs_B: Tensor | None = None,
         position_1SD: Tensor | None = None,
         order_V: Tensor | None = None,
+        conditioning: Conditioning | None = None,
     ) -> tuple[Tensor, Tensor, Conditioning]:
         """What stands before the first block.
 
@@ -175,11 +176,13 @@ class CogVideoXTransformer(Part):
             timestep_B, ofs_B: as in ``condition``.
             position_1SD: positions added to the joint stream, or None.
             order_V: the order of the video tokens (``patterns.TokenOrder``), in which positions are, too; or None.
+            conditioning: in place of what ``condition`` computes.
 
         Returns:
             The stream ``x_BSD``, ``is_text_S1`` (True for text tokens), and the conditioning.
         """
-        conditioning = self.condition(timestep_B, ofs_B, patches_BVP.dtype)
+        if conditioning is None:
+            conditioning = self.condition(timestep_B, ofs_B, patches_BVP.dtype)
         x_BSD = self.embedding_dropout(self.patch_embed(patches_BVP, text_BTE, position_1SD, order_V))
         is_text_S1 = torch.arange(x_BSD.shape[1], device=x_BSD.device)[:, None] < text_BTE.shape[1]
         return x_BSD, is_text_S1, conditioning

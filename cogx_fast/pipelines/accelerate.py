@@ -25,7 +25,7 @@ def accelerate(pipe: Pipeline, **options: Any) -> Pipeline:
         pipe: a ``CogVideoXPipeline``, ``…ImageToVideoPipeline``, ``…VideoToVideoPipeline`` or
             ``CogVideoXFunControlPipeline``; changed in place.
         **options: as for ``cogx_fast.load``: ``dtype``, ``device``, ``attention``, ``attention_plan``, ``step_cache``,
-            ``compile``, ``compile_cache``, ``quant``, ``loras``, ``offload``, ``check_finite``.
+            ``compile``, ``compile_cache``, ``quant``, ``loras``, ``offload``, ``schedule``, ``check_finite``.
 
     Returns:
         The same pipeline.

@@ -18,6 +18,7 @@ from cogx_fast.attention.plan import AttentionPlan
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.tables import Grid, join_rotary, rotary_tables, sincos_table
 from cogx_fast.model.transformer import CogVideoXTransformer
+from cogx_fast.runtime.baked import BakedSchedule
 from cogx_fast.runtime.runner import Inputs
 
 _TABLES_HELD = 8
@@ -38,6 +39,8 @@ class Preparation:
         """What was made for a size, by what it is and the size."""
         self.plan: AttentionPlan | None = None
         """The sparse attention in use."""
+        self.baked: BakedSchedule | None = None
+        """What makes the conditioning's tables, where they stand in for the weights."""
 
     def use(self, config: TransformerConfig) -> None:
         """From now on the default video, whose size tables depend on, is this configuration's."""
@@ -90,7 +93,10 @@ class Preparation:
             on_grid = self._held(("plan", grid, text_len, device), lambda: plan.on_grid(grid, text_len, device))
             joint, position = on_grid.reorder(joint, position)
             mask = on_grid.mask(timestep_B)
-        return Inputs(latents, text, timestep_B, ofs_B, joint, position, mask)
+        table = None
+        if self.baked is not None:
+            table = self.baked.table(model, timestep, ofs, timestep_B, ofs_B, dtype)
+        return Inputs(latents, text, timestep_B, ofs_B, joint, position, mask, table)
 
     def _check(self, latents: Tensor, text: Tensor) -> Grid:
         config = self._config

@@ -18,6 +18,7 @@ from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
 from cogx_fast.runtime import step_cache
 from cogx_fast.runtime.attached import Watch, check_own, check_processor
 from cogx_fast.runtime.auto_attention import AttentionFor, Choice, choose_attention
+from cogx_fast.runtime.baked import BakedSchedule, read_schedule
 from cogx_fast.runtime.inputs import Preparation
 from cogx_fast.runtime.quantized import follow_dtype
 from cogx_fast.runtime.runner import Runner, compute_all
@@ -349,6 +350,23 @@ class CogVideoXModel(CogVideoXTransformer):
         """
         reuse: Any = compute_all if value is None else StepCache(choose_strategy(value, self.config))
         self.runner.use(dataclasses.replace(self.runner.slots, reuse=reuse))
+
+    def set_schedule(self, schedule: Any) -> None:
+        """Bake the conditioning of a schedule's timesteps from the next call on (``runtime.baked``), or no more.
+
+        A model that is compiled with ``scope="model"`` compiles again.
+
+        Args:
+            schedule: as ``load(schedule=…)``.
+
+        Raises:
+            ScheduleError: (a ValueError) it is none.
+        """
+        self.inputs.baked = None if schedule is None else BakedSchedule(read_schedule(schedule))
+        if self.inputs.baked is None:
+            self.modulation.to(self.device)
+        else:
+            self.inputs.baked.hold(self)
 
     def save_pretrained(
         self,

@@ -30,6 +30,7 @@ from cogx_fast.model.layers import patchify, unpatchify
 from cogx_fast.model.transformer import Block, CogVideoXTransformer, Conditioning
 
 if TYPE_CHECKING:
+    from cogx_fast.runtime.baked import Table
     from cogx_fast.runtime.compile import Compilation
 
 
@@ -51,6 +52,8 @@ class Inputs(NamedTuple):
     mask: Mask | SparseBlocks = None
     """For the attention backend; with ``SparseBlocks`` each layer has its own, and the video tokens stand in their
     order, in which the tables are, too."""
+    table: Table | None = None
+    """The schedule's conditioning, in which the timesteps' is; None: it is computed."""
 
 
 class ForBlocks(NamedTuple):
@@ -135,11 +138,12 @@ class Slots:
 
 def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
     """One step: the prediction, ``(B, F, C_out, H, W)`` in the latents' dtype (H and W down to whole patches)."""
-    latents_BFCHW, text_BTE, timestep_B, ofs_B, rotary, position_1SD, mask = inputs
+    latents_BFCHW, text_BTE, timestep_B, ofs_B, rotary, position_1SD, mask, table = inputs
+    looked_up = None if table is None else table.look_up(timestep_B)
     order_V, restore_V = mask.order if isinstance(mask, SparseBlocks) else (None, None)
     patch = model.patch_embed.patch_size, model.patch_embed.patch_size_t
     x_BSD, is_text_S1, conditioning = slots.begin(
-        model, patchify(latents_BFCHW, *patch), text_BTE, timestep_B, ofs_B, position_1SD, order_V
+        model, patchify(latents_BFCHW, *patch), text_BTE, timestep_B, ofs_B, position_1SD, order_V, looked_up
     )
     for_blocks = ForBlocks(conditioning.mod_BL12D.unbind(1), is_text_S1, rotary, mask)
     x_BSD, for_blocks = slots.split.enter(x_BSD, for_blocks)

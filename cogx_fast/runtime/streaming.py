@@ -111,27 +111,27 @@ class _Piece(NamedTuple):
         return tensor.set_(memory.untyped_storage(), self.offset // self.dtype.itemsize, self.shape, self.stride)
 
 
-class HostBlock:
-    """A block's weights in host memory, as bytes; from now on its parameters and buffers are views of them.
+class HostPart:
+    """The weights of a block, or of another part, in host memory as bytes, of which its parameters become views.
 
     Args:
-        block: its weights may lie anywhere.
+        part: its weights may lie anywhere.
 
     Raises:
         OffloadError: they are not there, since something else moves them.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, part: nn.Module) -> None:
         members: Iterator[dict[str, Any]]
-        members = (each for part in block.modules() for each in (part._parameters, part._buffers))
+        members = (each for module in part.modules() for each in (module._parameters, module._buffers))
         self._places = [(each, name) for each in members for name, tensor in each.items() if tensor is not None]
         tensors = [each[name] for each, name in self._places]
         if any(tensor.is_meta for tensor in tensors):
             raise OffloadError(
-                "offload='blocks' finds no weights in a block: something else moves them (sequential offload?). Take "
-                "that away with pipe.remove_all_hooks(): streaming the blocks does its work"
+                f"a {type(part).__name__} that is to lie in host memory has no weights: something else moves them "
+                "(sequential offload?). Take that away with pipe.remove_all_hooks(): offload='blocks' does its work"
             )
-        self.layout = hash_block(block), tuple(_pieces(tensors))
+        self.layout = hash_block(part), tuple(_pieces(tensors))
         _, pieces = self.layout
         last = pieces[-1]
         size = last.offset + _extent(last.shape, last.stride) * last.dtype.itemsize
@@ -143,14 +143,14 @@ class HostBlock:
         self.tensors = self.seen_in(self.memory, frozen=False)
         self.show(self.tensors)
 
-    def is_of(self, block: nn.Module) -> bool:
-        """Whether the block's weights are still those, whatever values they have by now."""
-        held = [tensor for part in block.modules() for tensor in (*part._parameters.values(), *part._buffers.values())]
-        held = [tensor for tensor in held if tensor is not None]
+    def is_of(self, part: nn.Module) -> bool:
+        """Whether the part's weights are still those, whatever values they have by now."""
+        members = (each for module in part.modules() for each in (module._parameters, module._buffers))
+        held = [tensor for each in members for tensor in each.values() if tensor is not None]
         return len(held) == len(self.tensors) and all(map(operator.is_, held, self.tensors))
 
     def seen_in(self, memory: Tensor, *, frozen: bool) -> list[Any]:
-        """The block's weights as some memory has them, quantized ones made of its bytes; frozen: without gradients."""
+        """The weights as some memory has them, quantized ones made of its bytes; frozen: without gradients."""
         leaves = iter([piece.of(memory) for piece in self.layout[1]])
         seen: list[Any] = []
         for like in self.tensors:
@@ -161,7 +161,7 @@ class HostBlock:
         return seen
 
     def show(self, tensors: Iterable[Any]) -> None:
-        """Have the block compute with these."""
+        """Have the part compute with these."""
         for (members, name), tensor in zip(self._places, tensors, strict=True):
             members[name] = tensor
 
@@ -175,7 +175,7 @@ class _Slot:
         """When what computed from it is done."""
         self._seen: dict[Any, list[Any]] = {}
 
-    def fill(self, host: HostBlock, copies: Copies) -> tuple[list[Any], Any]:
+    def fill(self, host: HostPart, copies: Copies) -> tuple[list[Any], Any]:
         """Copy a block there; returns its weights, and when they are there."""
         if host.layout not in self._seen:
             with torch.inference_mode(False), torch.no_grad():
@@ -196,7 +196,7 @@ class StreamedBlocks:
 
     def __init__(self, copies_to: Callable[[torch.device], Copies] = copies_to) -> None:
         self._copies_to = copies_to
-        self._hosts: WeakKeyDictionary[nn.Module, HostBlock] = WeakKeyDictionary()
+        self._hosts: WeakKeyDictionary[nn.Module, HostPart] = WeakKeyDictionary()
         self._slots: deque[_Slot] = deque()
         self._copies: Copies | None = None
         self._pass = threading.Lock()
@@ -205,11 +205,11 @@ class StreamedBlocks:
     def __reduce__(self) -> tuple[Any, ...]:
         return StreamedBlocks, (self._copies_to,)  # a copy of the model has weights of its own
 
-    def hold(self, block: nn.Module) -> HostBlock:
+    def hold(self, block: nn.Module) -> HostPart:
         """Have a block's weights in host memory, if they are not there yet."""
         host = self._hosts.get(block)
         if host is None or not host.is_of(block):
-            host = self._hosts[block] = HostBlock(block)
+            host = self._hosts[block] = HostPart(block)
         return host
 
     def __call__(
@@ -304,7 +304,7 @@ def streamed_blocks(model: Any) -> StreamedBlocks:
 
 @contextmanager
 def kept_on_host(model: Any, convert: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While a model is moved: streamed blocks stay where they are, and the slots go if they are elsewhere.
+    """While a model is moved: parts in host memory stay there, and what is made of them elsewhere is given back.
 
     Args:
         model: a ``CogVideoXModel``.
@@ -313,23 +313,23 @@ def kept_on_host(model: Any, convert: Callable[[Tensor], Tensor]) -> Iterator[No
     Raises:
         OffloadError: it gives them another dtype.
     """
-    streamed = model.runner.slots.residency
-    if not isinstance(streamed, StreamedBlocks):
-        yield
-        return
-    blocks = model._modules["transformer_blocks"]
-    dtypes = {each.dtype for each in blocks.parameters() if each.is_floating_point()}
+    residency, baked = model.runner.slots.residency, model.inputs.baked
+    held = {"transformer_blocks": residency if isinstance(residency, StreamedBlocks) else None, "modulation": baked}
+    held = {name: holder for name, holder in held.items() if holder is not None}
+    parts = {name: model._modules[name] for name in held}
+    dtypes = {each.dtype for part in parts.values() for each in part.parameters() if each.is_floating_point()}
     changed = {dtype for dtype in dtypes if convert(torch.empty(0, dtype=dtype)).dtype != dtype}
     if changed:
         raise OffloadError(
-            f"streamed blocks keep their dtype ({', '.join(map(str, changed))}): load the model with dtype=... instead"
+            f"weights in host memory keep their dtype ({', '.join(map(str, changed))}): load the model with dtype=..."
         )
-    model._modules["transformer_blocks"] = None
+    model._modules.update(dict.fromkeys(parts))
     try:
         yield
     finally:
-        model._modules["transformer_blocks"] = blocks
-        streamed.release(elsewhere_than=model.device)
+        model._modules.update(parts)
+        for holder in held.values():
+            holder.release(elsewhere_than=model.device)
 
 
 def check_offload(offload: Any, compile: bool | CompileConfig) -> None:
@@ -378,6 +378,6 @@ def _extent(shape: Iterable[int], stride: Iterable[int]) -> int:
 
 
 __all__ = [
-    "OFFLOADS", "Copies", "HostBlock", "OffloadError", "StreamedBlocks", "check_offload", "copies_to", "kept_on_host",
+    "OFFLOADS", "Copies", "HostPart", "OffloadError", "StreamedBlocks", "check_offload", "copies_to", "kept_on_host",
     "stream_blocks", "streamed_blocks",
 ]  # fmt: skip

@@ -36,10 +36,11 @@ class Symbols:
 
     def mark_inputs(self, model: nn.Module, inputs: Inputs) -> None:
         """For a graph of the whole step."""
-        latents_BFCHW, text_BTE, timestep_B, ofs_B, rotary, position_1SD, mask = inputs
+        latents_BFCHW, text_BTE, timestep_B, ofs_B, rotary, position_1SD, mask, table = inputs
         self._mark((latents_BFCHW, text_BTE, timestep_B, ofs_B), batch_of=model)
         self._mark((latents_BFCHW,), 1, 3, 4)
         self._mark((text_BTE, position_1SD), 1)
+        self._mark(table or (), 0)
         self._mark_tokens(model, rotary, mask)
 
     def mark_block(

@@ -1,4 +1,4 @@
-"""Streamed blocks on the device: what is there, what is copied and when, on cards that are smaller than the model."""
+"""Streamed blocks and baked schedules on cards smaller than the model: what is there, what is copied and when."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ import pytest
 import torch
 
 import cogx_fast
+from benchmarks.standin import journal
 from cogx_fast.config import PRESETS
-from cogx_fast.runtime.compile import compile_model
+from cogx_fast.measure import costs
+from cogx_fast.runtime.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.recompiles import watch_compilation
 from cogx_fast.runtime.streaming import SideStream, stream_blocks
 from tests.cuda_standin.device import FAST, GIB, call, model, peak_bytes
 from tests.cuda_standin.test_memory import arguments
 from tests.cuda_standin.test_pipelines import generate, pipeline
+from tests.support import inputs
 
 LAYERS = 6
 MIB = 1024**2
@@ -135,3 +138,53 @@ def test_the_second_device_has_its_own_slots():
     made.to("cuda:0")
     call(made)
     assert made.runner.slots.residency._slots[0].memory.device == torch.device("cuda:0")
+
+
+@pytest.mark.cards("rtx3060")
+def test_5b_with_a_baked_schedule_holds_six_percent_of_its_weights_and_reads_no_timestep_in_a_step():
+    made = full_width("5b", layers=1)
+    made.set_schedule(True)
+    made.to("cuda")
+    released = PRESETS["5b"]
+    total = 2 * sum(costs.count_parameters(released).values())
+    rest = sum(each.nbytes for name, each in made.named_parameters() if each.is_cuda)
+    steps, given = 50, arguments(made.config)
+    timesteps = torch.linspace(999, 1, steps).round().long().to("cuda")
+    for step in (0, 1):
+        journal.clear()
+        with torch.no_grad():
+            made(**given | {"timestep": timesteps[step].expand(2)}, return_dict=False)
+    done = journal.read()
+    assert not done.of("sync")
+    assert not [line for line in done.of("copy") if line.startswith("to-host")]
+    (table,) = made.inputs.baked._tables.values()
+    assert tuple(table.mod_TL12D.shape) == (steps, 1, 12, released.inner_dim)
+    tables = table.mod_TL12D.nbytes * released.num_layers + table.out_T2D.nbytes
+    assert rest + 2 * block_bytes(made) + tables <= 0.06 * total, f"{rest + 2 * block_bytes(made) + tables} of {total}"
+
+
+@pytest.mark.cards("h100")
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_a_baked_pipeline_keeps_its_modulation_on_the_host(scope):
+    pipe = pipeline(num_layers=LAYERS).to("cuda")
+    cogx_fast.accelerate(pipe, schedule=pipe.scheduler, compile=dataclasses.replace(FAST, scope=scope, strict=True))
+    with watch_compilation() as stats:
+        generate(pipe)
+        generate(pipe)
+    assert stats.recompiles == 0
+    model = pipe.transformer
+    assert {name.partition(".")[0] for name, each in model.named_parameters() if not each.is_cuda} == {"modulation"}
+
+
+@pytest.mark.cards("h100")
+def test_cuda_graphs_replay_a_baked_step():
+    made = model("5b", schedule=True, compile=CompileConfig(scope="model", mode="reduce-overhead"))
+    timesteps = torch.linspace(999, 1, 4).round().long().to("cuda")
+    given = inputs(made.config, dtype=made.dtype, device="cuda")
+    for step in timesteps:
+        journal.clear()
+        with torch.no_grad():
+            made(**given | {"timestep": step.expand(2)}, return_dict=False)
+    done = journal.read()
+    assert len(done.replays) == 1
+    assert not done.of("sync")
