@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from cogx_fast import sizes
 from cogx_fast.cli.arguments import add_command, add_size, count
 from cogx_fast.measure import roofline
-from cogx_fast.measure.devices import DEVICES, get_device
+from cogx_fast.measure.devices import DEVICES, PCIE_SHARE, get_device
 from cogx_fast.pipelines.locate import locate
 from cogx_fast.sizes import VideoSize
 from cogx_fast.terminal import Progress, scaled, table
@@ -33,6 +34,9 @@ def add(commands: Any) -> None:
         "--attention-kept", type=float, default=1.0, metavar="SHARE",
         help="share of the attention scores that are computed (default: 1, dense)",
     )  # fmt: skip
+    command.add_argument(
+        "--offload", choices=["blocks"], help="also say whether the copies of streamed blocks hide under the computing"
+    )
     command.add_argument("--gpus", type=count, default=1, help="that share the step (default: %(default)s)")
     command.add_argument(
         "--ceilings", type=Path, metavar="FILE", help="JSON with measured ceilings (TFLOP/s, GB/s) for stated ones"
@@ -80,6 +84,9 @@ def run(arguments: argparse.Namespace, _: Progress) -> tuple[dict[str, Any], str
             for group in dict.fromkeys(part.group for part in found)
         },
     }  # fmt: skip
+    if arguments.offload is not None:
+        links = roofline.streaming(model.config, found, device, scheme=arguments.quant)
+        facts["streaming"] = [dataclasses.asdict(each) | {"hides": each.hides} for each in links]
     return facts, render(facts)
 
 
@@ -115,8 +122,29 @@ def render(facts: dict[str, Any]) -> str:
             f"{', '.join(what)}\n{where} ({facts['device']['source']})",
             table(header, rows, last_is_total=True),
             f"The time must go into: {groups}.\nA floor from the device's ceilings, not a measurement.",
+            *_render_streaming(facts.get("streaming", [])),
         ]
     )
+
+
+def _render_streaming(links: list[dict[str, Any]]) -> list[str]:
+    if not links:
+        return []
+    first = links[0]
+    rows = [
+        (
+            each["link"],
+            f"{1e3 * each['copy_seconds']:.1f}",
+            "hidden" if each["hides"] else f"{each['copy_seconds'] / each['compute_seconds']:.1f} × as long",
+            f"{1e3 * each['step_seconds']:.1f}",
+        )
+        for each in links
+    ]
+    return [
+        f"Streamed blocks (a prediction): {scaled(first['block_bytes'], 'B')} a block, which computes in at least "
+        f"{1e3 * first['compute_seconds']:.1f} ms; copies at {PCIE_SHARE:.0%} of the link's rate",
+        table(("link", "copy, ms", "beside computing", "a step at least, ms"), rows),
+    ]
 
 
 def _read_ceilings(path: Path | None) -> dict[str, Any]:

@@ -12,6 +12,11 @@ from typing import Any
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 TERA, GIGA = 10**12, 10**9
 
+PCIE_X16 = {"PCIe 3.0 × 16": 15.75 * GIGA, "PCIe 4.0 × 16": 31.51 * GIGA, "PCIe 5.0 × 16": 63.02 * GIGA}
+"""Bytes a second in one direction: 8, 16 and 32 GT/s a lane, encoded as 128b/130b (PCI-SIG)."""
+PCIE_SHARE = 0.8
+"""Of that, what one copy from pinned memory is taken to reach, for packets have headers. An assumption."""
+
 EXPONENTIALS_A_CLOCK = 16
 """Special functions that one multiprocessor starts in a clock (CUDA programming guide, arithmetic throughput, for
 compute capabilities 8.0 to 10.0)."""
@@ -210,4 +215,4 @@ def get_device(name: str) -> Device:
     return DEVICES[name]
 
 
-__all__ = ["DEVICES", "GIGA", "TERA", "Device", "get_device"]
+__all__ = ["DEVICES", "GIGA", "PCIE_SHARE", "PCIE_X16", "TERA", "Device", "get_device"]

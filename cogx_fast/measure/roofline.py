@@ -19,12 +19,13 @@ from typing import Any, Literal, NamedTuple
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.measure import costs
-from cogx_fast.measure.devices import GIGA, TERA, Device
+from cogx_fast.measure.devices import GIGA, PCIE_SHARE, PCIE_X16, TERA, Device
 from cogx_fast.sizes import Tokens
 
 Products = Literal["bf16", "fp8", "int8"]
 _HALF = 2  # bytes of a value in bf16 or fp16
 _SCALE = 4  # bytes of a row's scale
+_BLOCKS = ("attention", "feed-forward")
 
 
 class Scheme(NamedTuple):
@@ -122,6 +123,61 @@ def parts(
     return [*found, _exchange(share)] if across_tokens > 1 else found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Streaming:
+    """Whether a block's copy hides under the computing of the one before it, over one link (``runtime.streaming``)."""
+
+    link: str
+    block_bytes: int
+    copy_seconds: float
+    """Of a block, at the rate that the link is taken to reach."""
+    compute_seconds: float
+    """Of a block, at least."""
+    step_seconds: float
+    """Of a step, at least."""
+
+    @property
+    def hides(self) -> bool:
+        """Whether it does even where the device reaches its ceilings; what computes for longer hides more."""
+        return self.copy_seconds <= self.compute_seconds
+
+
+def streaming(config: TransformerConfig, found: list[Part], device: Device, *, scheme: str) -> list[Streaming]:
+    """What ``offload="blocks"`` does to a step, over each generation of PCIe: a prediction.
+
+    Args:
+        config: the model's configuration.
+        found: the step's ``parts``.
+        device: where it computes.
+        scheme: of the blocks' linears, as ``parts`` had it.
+    """
+    in_blocks = {each.role for each in costs.linears(config) if each.part in _BLOCKS}
+    step = sum(part.seconds(device) for part in found)
+    around = sum(part.seconds(device) for part in found if part.group == "linears" and part.name not in in_blocks)
+    compute, size = (step - around) / config.num_layers, block_bytes(config, scheme)
+    copies = {link: size / (PCIE_SHARE * rate) for link, rate in PCIE_X16.items()}
+    return [
+        Streaming(
+            link=link, block_bytes=size, copy_seconds=copy, compute_seconds=compute,
+            step_seconds=around + config.num_layers * max(copy, compute),
+        )
+        for link, copy in copies.items()
+    ]  # fmt: skip
+
+
+def block_bytes(config: TransformerConfig, scheme: str = UNQUANTIZED) -> int:
+    """Bytes of one block's weights."""
+    used = SCHEMES[scheme]
+    scale = _SCALE if used.weight_bytes != _HALF else 0
+    linears = sum(
+        each.number * each.outputs * (each.inputs * used.weight_bytes + scale + _HALF * each.bias)
+        for each in costs.linears(config)
+        if each.part in _BLOCKS
+    )
+    wide = 4 * config.inner_dim if config.norm_elementwise_affine else 0
+    return round(linears / config.num_layers) + _HALF * (wide + 4 * config.attention_head_dim)
+
+
 @dataclass(frozen=True)
 class _Share:
     """One GPU's part of the work."""
@@ -147,7 +203,7 @@ class _Share:
 def _linears(share: _Share, scheme: Scheme) -> list[Part]:
     found: dict[str, Part] = {}
     for linear in costs.linears(share.config):
-        blocks = linear.part in ("attention", "feed-forward")
+        blocks = linear.part in _BLOCKS
         used = scheme if blocks else SCHEMES[UNQUANTIZED]
         rows, weights = share.rows(linear.rows), linear.inputs * linear.outputs
         inputs = rows * linear.inputs * used.input_bytes + (_SCALE * rows if used.input_bytes == 1 else 0)
@@ -230,4 +286,6 @@ def with_ceilings(device: Device, measured: Mapping[str, Any]) -> Device:
     ) else device  # fmt: skip
 
 
-__all__ = ["SCHEMES", "UNQUANTIZED", "Part", "Scheme", "parts", "with_ceilings"]
+__all__ = [
+    "SCHEMES", "UNQUANTIZED", "Part", "Scheme", "Streaming", "block_bytes", "parts", "streaming", "with_ceilings",
+]  # fmt: skip

@@ -20,11 +20,12 @@ from cogx_fast.config import PRESETS
 from cogx_fast.measure import roofline
 from cogx_fast.measure.devices import DEVICES
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.streaming import HostPart
 from tests.conftest import report, run_cli
 from tests.support import RELEASED, inputs
 
 H100 = DEVICES["h100"]
-CODEGEN = Path(__file__).resolve().parents[1] / "benchmarks" / "expected" / "codegen.csv"
+CODEGEN = Path(__file__).resolve().parents[2] / "benchmarks" / "expected" / "codegen.csv"
 
 
 def _tokens(name: str) -> sizes.Tokens:
@@ -106,6 +107,31 @@ def test_schemes_are_called_as_the_recipes_that_are_shipped() -> None:
     import quant
 
     assert set(roofline.SCHEMES) - {roofline.UNQUANTIZED} <= set(quant.recipe_names())
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8-weight-only", "fp8-weight-only"])
+def test_a_streamed_blocks_bytes_are_those_of_the_real_one(scheme: str) -> None:
+    config = dataclasses.replace(PRESETS["5b"], num_layers=1, num_attention_heads=12, time_embed_dim=32)
+    model = CogVideoXModel(config).bfloat16()
+    if scheme != roofline.UNQUANTIZED:
+        import quant
+
+        quant.quantize(model, scheme)
+    real = HostPart(model.transformer_blocks[0]).memory.numel()
+    assert real == pytest.approx(roofline.block_bytes(config, scheme), rel=0.005)
+
+
+def test_a_copy_hides_where_it_takes_less_than_a_block_computes_and_else_sets_the_pace() -> None:
+    for device, hidden in (("h100", [False, True, True]), ("rtx3060", [True, True, True])):
+        links = roofline.streaming(PRESETS["5b"], _parts("5b"), DEVICES[device], scheme="bf16")
+        assert [each.hides for each in links] == hidden
+        floor = _seconds("5b", DEVICES[device])
+        for each in links:
+            slower = PRESETS["5b"].num_layers * max(0.0, each.copy_seconds - each.compute_seconds)
+            assert each.step_seconds == pytest.approx(floor + slower)
+    text = run_cli("roofline", "--preset", "5b", "--device", "h100", "--offload", "blocks").out
+    assert "a prediction" in text
+    assert "PCIe 3.0 × 16       18.0      1.1 × as long" in text
 
 
 # --------------------------------------------------------------------------------------------------------------- times
