@@ -70,7 +70,7 @@ def add_video(command: argparse.ArgumentParser) -> None:
 def add_offload(command: argparse._ActionsContainer) -> None:
     """How a pipeline is laid out on a GPU."""
     command.add_argument(
-        "--offload", choices=("none", "model", "sequential"),
+        "--offload", choices=("none", "model", "blocks", "sequential"),
         help="on a GPU: all there, or each part or each layer only while it computes (default: what its memory allows)",
     )  # fmt: skip
     command.add_argument(

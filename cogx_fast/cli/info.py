@@ -12,6 +12,9 @@ from cogx_fast.pipelines.locate import Model, locate, read_stored_weights
 from cogx_fast.sizes import VideoSize, choose_video, count_tokens
 from cogx_fast.terminal import Progress, scaled, table
 
+CARDS = (8, 12, 16, 24, 48, 80)
+"""Memory of GPUs that there are, in GB."""
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
@@ -29,6 +32,9 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--batch", type=count, default=2, help="videos in one call; guidance doubles them (default: %(default)s)"
     )
+    command.add_argument(
+        "--memory", action="store_true", help=f"also how its pipeline fits cards of {', '.join(map(str, CARDS))} GB"
+    )
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
@@ -37,7 +43,29 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     facts = describe(
         model, frames=arguments.frames, height=arguments.height, width=arguments.width, batch=arguments.batch
     )
+    if arguments.memory:
+        facts["cards"] = describe_cards(model.config, facts["video"], model.spatial_factor)
     return facts, render(facts)
+
+
+def describe_cards(config: TransformerConfig, video: dict[str, int], spatial_factor: int) -> list[dict[str, Any]]:
+    """How a released pipeline in bf16 is laid out on cards of some sizes, with its predicted peaks."""
+    from cogx_fast.pipelines.memory import SPARE, choose_within, estimate, phases, released
+
+    size = VideoSize(frames=video["frames"], height=video["height"], width=video["width"])
+    pipe = released(config)
+    needs = estimate(pipe, count_tokens(config, size, spatial_factor=spatial_factor), size, batch=video["batch"])
+    cards = []
+    for gigabytes in CARDS:
+        chosen, needed, is_small = choose_within(needs, pipe.text_encoder, gigabytes * 10**9)
+        peaks = phases(needed, chosen.kind, chosen.vae_tiling) if chosen.kind != "sequential" else {}
+        cards.append(
+            {
+                "gigabytes": gigabytes, "layout": chosen.kind, "vae_tiling": chosen.vae_tiling, "text_int8": is_small,
+                "peak_bytes": {phase: peak + SPARE for phase, peak in peaks.items()},
+            }
+        )  # fmt: skip
+    return cards
 
 
 def describe(model: Model, *, frames: int | None, height: int | None, width: int | None, batch: int) -> dict[str, Any]:
@@ -115,7 +143,19 @@ def render(facts: dict[str, Any]) -> str:
             ]
         ),
     ]
+    if "cards" in facts:
+        sections.append(_cards_table(facts["cards"]))
     return "\n\n".join(sections)
+
+
+def _cards_table(cards: list[dict[str, Any]]) -> str:
+    rows = []
+    for card in cards:
+        peaks = [scaled(peak, "B") for peak in card["peak_bytes"].values()] or ["–"] * 3
+        words = [card["layout"]] + ["VAE tiled"] * card["vae_tiling"] + ["T5 int8"] * card["text_int8"]
+        rows.append((f"{card['gigabytes']} GB", ", ".join(words), *peaks))
+    note = "Predicted peaks of the whole pipeline in bf16, 1 GiB of each for CUDA and its libraries (docs/memory.md)."
+    return f"{table(('card', 'offload', 'text', 'denoise', 'decode'), rows)}\n{note}"
 
 
 def _title(facts: dict[str, Any]) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from cogx_fast.config import UPSTREAM_CLASS
 from cogx_fast.loading import load
+from cogx_fast.pipelines.memory import BudgetError, fit, read_memory
 from cogx_fast.pipelines.placement import Placement
 
 Pipeline = TypeVar("Pipeline")
 
 
-def accelerate(pipe: Pipeline, **options: Any) -> Pipeline:
+def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: Any) -> Pipeline:
     """Give a diffusers CogVideoX pipeline this package's transformer in place of its own.
 
     Weights are shared with the transformer that was there, or moved, not doubled (see ``cogx_fast.load``). Where
@@ -24,6 +27,9 @@ def accelerate(pipe: Pipeline, **options: Any) -> Pipeline:
     Args:
         pipe: a ``CogVideoXPipeline``, ``…ImageToVideoPipeline``, ``…VideoToVideoPipeline`` or
             ``CogVideoXFunControlPipeline``; changed in place.
+        memory: a budget of the GPU's memory, e.g. "12GB": the fastest layout that keeps to it is chosen, at the model's
+            own video size, and said on stderr with the peak predicted for each phase (``pipelines.memory.fit``). Of a
+            pipeline without offload.
         **options: as for ``cogx_fast.load``: ``dtype``, ``device``, ``attention``, ``attention_plan``, ``step_cache``,
             ``compile``, ``compile_cache``, ``quant``, ``loras``, ``offload``, ``schedule``, ``check_finite``.
 
@@ -32,8 +38,12 @@ def accelerate(pipe: Pipeline, **options: Any) -> Pipeline:
 
     Raises:
         ValueError: it has no CogVideoX transformer, or one with hooks, patches, processors or adapters whose work
-            would be lost; the message names them.
+            would be lost; the message names them. A budget that cannot be kept (``BudgetError``).
     """
+    if memory is not None:
+        read_memory(memory)
+        if not torch.cuda.is_available():
+            raise BudgetError(f"memory={memory!r} is a budget of a GPU's memory, but there is none: leave it out")
     transformer: Any = getattr(pipe, "transformer", None)
     if not isinstance(transformer, nn.Module):
         raise ValueError(
@@ -44,12 +54,16 @@ def accelerate(pipe: Pipeline, **options: Any) -> Pipeline:
     placement = Placement(transformer)
     if options.get("offload") is not None:
         placement.refuse_layers(f"offload={options['offload']!r} streams the blocks itself")
+    if memory is not None:
+        placement.refuse_layers("memory=... lays it out itself")
     with placement.lifted():
         model = load(transformer, **options)
     placement.give(model)
     model.check_attached()
     pipe.transformer = model  # type: ignore[attr-defined]
     placement.hand_over(pipe, model)
+    if memory is not None:
+        print(fit(pipe, memory, torch.device("cuda", torch.cuda.current_device())), file=sys.stderr)  # noqa: T201
     return pipe
 
 

@@ -61,13 +61,15 @@ class Setting:
     quant: str | None = None
     """Quantization recipe, of our transformer alone."""
     offload: str | None = None
-    """On a GPU: "none", "model" or "sequential" (``offload.OFFLOADS``); None chooses by its memory."""
+    """On a GPU: one of ``memory.OFFLOADS``, "blocks" of our transformer alone; None chooses by its memory."""
     vae_tiling: bool | None = None
     """On a GPU: whether the VAE decodes by tiles; None chooses."""
 
     def __post_init__(self) -> None:
         if self.offload not in (None, *OFFLOADS):
             raise ValueError(f"offload is {self.offload!r}, expected None or one of {', '.join(OFFLOADS)}")
+        if self.offload == "blocks" and self.transformer == UPSTREAM:
+            raise ValueError("offload is 'blocks', which diffusers' transformer does not take: use 'model' there")
         if self.attention != "auto":
             get_backend(self.attention)
         options = (

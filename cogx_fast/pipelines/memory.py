@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from cogx_fast.sizes import Tokens, VideoSize
+from cogx_fast.config import TransformerConfig
+from cogx_fast.model.transformer import CogVideoXTransformer
+from cogx_fast.pipelines.peaks import decode_peak, step_peak
+from cogx_fast.runtime.streaming import SLOTS, stream_blocks
+from cogx_fast.sizes import Tokens, VideoSize, count_tokens, default_video
 
-OFFLOADS = ("none", "model", "sequential")
-"""Everything on the GPU; each part while it computes; each layer while it computes (diffusers' own)."""
+OFFLOADS = ("none", "model", "blocks", "sequential")
+"""Everything on the GPU; each part while it computes; the same with the transformer's blocks streamed and its schedule
+baked; each layer while it computes (diffusers' own)."""
 
-_STEP_STREAMS = 18
-"""Copies of the token stream that a guided step holds at its peak, eager (5b 17.2, 1.5-5b 17.1, 2b 12.7)."""
-_DECODE_VALUES = 22_950
-"""Values that decoding holds at its peak for each pixel of a frame, by torch's allocator: 14.75 GiB in bf16 at
-480 × 720, 44.55 GiB at 768 × 1360, whatever the number of frames; for a VAE of this many channels at full size, which
-all released ones have."""
-_CHANNELS = 128
-_SPARE = 1 << 30
+_STEPS = 50
+"""Timesteps of the baked schedule that is reckoned with."""
+SPARE = 1 << 30
 """What is left to CUDA's context, libraries' workspaces and the allocator's gaps."""
 _GIB = 1 << 30
 
@@ -31,6 +33,8 @@ class Needs:
 
     weights: Mapping[str, int]
     """Of each part by its name in the pipeline; the one that denoises is "transformer"."""
+    streamed: int | None
+    """Of the transformer with its blocks streamed and its schedule baked; None: it cannot be."""
     step: int
     """Of a denoising step, beside its weights."""
     decode: int
@@ -51,7 +55,7 @@ class Offload:
 
 
 def estimate(pipe: Any, tokens: Tokens, size: VideoSize, *, batch: int = 2) -> Needs:
-    """What a pipeline needs for a video: its real weights, and activations that grow with the video's size.
+    """What a pipeline needs for a video: its real weights, and the peaks of its real code (``pipelines.peaks``).
 
     Args:
         pipe: a CogVideoX pipeline with its parts loaded anywhere.
@@ -60,22 +64,57 @@ def estimate(pipe: Any, tokens: Tokens, size: VideoSize, *, batch: int = 2) -> N
         batch: videos in a step; guidance makes two of one.
     """
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    transformer = pipe.transformer
-    stream = batch * tokens.joint * transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
-    vae = pipe.vae
-    relative = vae.dtype.itemsize * vae.config.block_out_channels[0] / _CHANNELS
+    transformer, vae = pipe.transformer, pipe.vae
+    build = None
+    if not isinstance(transformer, CogVideoXTransformer):
+        build = type(transformer).from_config
+    config = TransformerConfig(**{name: transformer.config[name] for name in TransformerConfig.__dataclass_fields__})
+    weights = {name: _bytes(part) for name, part in parts.items()}
 
-    def decode(pixels: int) -> int:
-        return round(_DECODE_VALUES * pixels * relative)
+    def decode(height: int, width: int) -> int:
+        return decode_peak(vae.config, height, width, dtype=vae.dtype)
 
-    tile = vae.tile_sample_min_height * vae.tile_sample_min_width
+    whole = decode(size.height, size.width)
+    tile = decode(min(size.height, vae.tile_sample_min_height), min(size.width, vae.tile_sample_min_width))
     video = 4 * size.frames * size.height * size.width * vae.dtype.itemsize  # three colours, and what joins tiles
     return Needs(
-        weights={name: _bytes(part) for name, part in parts.items()},
-        step=_STEP_STREAMS * stream * transformer.dtype.itemsize,
-        decode=decode(size.height * size.width),
-        tiled_decode=min(decode(size.height * size.width), decode(tile) + video),
+        weights=weights,
+        streamed=_streamed_bytes(transformer) if build is None else None,
+        step=step_peak(config, tokens, batch=batch, dtype=transformer.dtype, build=build),
+        decode=whole,
+        tiled_decode=min(whole, tile + video),
     )
+
+
+def _streamed_bytes(transformer: Any) -> int | None:
+    """On the GPU: two blocks, the table of a schedule, and what is around the blocks."""
+    compilation = transformer.runner.compilation
+    if transformer.runner.package is not None or (compilation and compilation.config.scope == "model"):
+        return None
+    largest = max(map(_bytes, transformer.transformer_blocks))
+    around = _bytes(transformer) - sum(map(_bytes, transformer.transformer_blocks)) - _bytes(transformer.modulation)
+    table = _STEPS * transformer.modulation.linear.out_features * transformer.dtype.itemsize
+    return SLOTS * largest + around + table
+
+
+def released(config: TransformerConfig) -> Any:
+    """The parts of a released pipeline in bf16, without values: T5-XXL's encoder, the VAE, a transformer."""
+    from types import SimpleNamespace
+
+    from diffusers import AutoencoderKLCogVideoX
+    from transformers import T5Config, T5EncoderModel
+
+    from cogx_fast.runtime.module import CogVideoXModel
+
+    text = T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, d_kv=64, feed_forward_proj="gated-gelu")
+    with torch.device("meta"):
+        made = {
+            "text_encoder": T5EncoderModel(text),
+            "transformer": CogVideoXModel(config),
+            "vae": AutoencoderKLCogVideoX(),
+        }
+    parts = {name: torch.nn.Module.to(part, torch.bfloat16) for name, part in made.items()}
+    return SimpleNamespace(components=parts, **parts)
 
 
 def choose(needs: Needs, free: int, *, kind: str | None = None, vae_tiling: bool | None = None) -> Offload:
@@ -87,15 +126,15 @@ def choose(needs: Needs, free: int, *, kind: str | None = None, vae_tiling: bool
         kind: the layout, where the user names it.
         vae_tiling: whether the VAE is tiled, where the user says so.
     """
-    room = free - _SPARE
+    room = free - SPARE
     weights, vae = needs.weights, needs.weights["vae"]
     at_once, largest = sum(weights.values()), max(weights.values())
     tilings = (False, True) if vae_tiling is None else (vae_tiling,)
     fitting = [
         (name, tiled)
-        for name, base in (("none", at_once), ("model", 0))
+        for name in ("none", "model", "blocks")
         for tiled in tilings
-        if _peak(needs, base, tiled) <= room and (kind in (None, name))
+        if kind in (None, name) and max(phases(needs, name, tiled).values(), default=room + 1) <= room
     ]
     if fitting:
         chosen, tiled = fitting[0]
@@ -113,18 +152,28 @@ def choose(needs: Needs, free: int, *, kind: str | None = None, vae_tiling: bool
 _WORDS = {
     "none": "the whole pipeline on the GPU",
     "model": "each part on the GPU while it computes (model offload)",
+    "blocks": "each part on the GPU while it computes, the transformer's blocks streamed and its schedule baked",
     "sequential": "each layer on the GPU while it computes (sequential offload, slow)",
 }
 
 
-def _peak(needs: Needs, base: int, tiled: bool) -> int:
-    """With everything there (``base``: its weights) or each part alone (0)."""
-    weights = needs.weights
-    decode = needs.tiled_decode if tiled else needs.decode
-    if base:
-        return base + max(needs.step, decode)
+def phases(needs: Needs, kind: str, tiled: bool) -> dict[str, int]:
+    """Bytes on the GPU at the peak of each phase; nothing, where the layout cannot be.
+
+    Args:
+        needs: the pipeline's.
+        kind: one of ``OFFLOADS`` but "sequential".
+        tiled: whether the VAE decodes by tiles.
+    """
+    weights, decode = needs.weights, needs.tiled_decode if tiled else needs.decode
+    transformer = needs.streamed if kind == "blocks" else weights["transformer"]
+    if transformer is None:
+        return {}
     others = [size for name, size in weights.items() if name not in ("transformer", "vae")]
-    return max(weights["transformer"] + needs.step, weights["vae"] + decode, *others)
+    text, vae = max(others, default=0), weights["vae"]
+    if kind == "none":
+        text = transformer = vae = sum(weights.values())
+    return {"text": text, "denoise": transformer + needs.step, "decode": vae + decode}
 
 
 def place(
@@ -146,12 +195,102 @@ def place(
         pipe.vae.enable_slicing()
     if offload.kind == "none":
         pipe.to(device)
-    elif offload.kind == "model":
+    elif offload.kind in ("model", "blocks"):
+        if offload.kind == "blocks":
+            pipe.transformer.set_schedule(True)
+            stream_blocks(pipe.transformer, torch.device("cpu"))
         pipe.enable_model_cpu_offload(device=device)
     else:
         _run_eagerly(pipe.transformer)
         pipe.enable_sequential_cpu_offload(device=device)
     return offload
+
+
+def fit(pipe: Any, memory: int | str, device: torch.device) -> str:
+    """Lay a pipeline out so that it keeps to a budget of the GPU's memory, at its model's own video size.
+
+    Nothing that is approximate is done, but for the text encoder in int8 where it fits in no other way.
+
+    Args:
+        pipe: on the CPU, or all of it on the GPU, without offload.
+        memory: bytes, or e.g. "12GB", "11.5GiB".
+        device: the GPU.
+
+    Returns:
+        What was done, and the peak that is predicted for each phase, in words.
+
+    Raises:
+        BudgetError: (a ValueError) it cannot be kept; the message says what would do.
+    """
+    budget = read_memory(memory)
+    config = pipe.transformer.config
+    size = default_video(config)
+    needs = estimate(pipe, count_tokens(config, size), size)
+    chosen, needs, is_small = choose_within(needs, pipe.text_encoder, budget)
+    note = ", the text encoder in int8" if is_small else ""
+    if chosen.kind == "sequential":
+        least = SPARE + min(max(phases(needs, kind, True).values(), default=budget) for kind in ("model", "blocks"))
+        raise BudgetError(
+            f"memory={memory!r} is too little for this pipeline at {size}: it takes {_gib(least)} or more, with "
+            f"{_gib(SPARE)} of it for CUDA and its libraries. Give that, or load a smaller model (2b)"
+        )
+    if is_small:
+        _to_int8(pipe.text_encoder)
+    if chosen.kind != "none" and next(pipe.transformer.parameters()).device.type != "cpu":
+        pipe.to("cpu")
+    place(pipe, device, needs, kind=chosen.kind, vae_tiling=chosen.vae_tiling)
+    peaks = phases(needs, chosen.kind, chosen.vae_tiling)
+    words = ", ".join(f"{phase} {_gib(size + SPARE)}" for phase, size in peaks.items())
+    tiled = ", VAE tiled" if chosen.vae_tiling else ""
+    return f"memory={memory}: {_WORDS[chosen.kind]}{tiled}{note}; predicted peaks at {size}: {words}"
+
+
+def choose_within(needs: Needs, text_encoder: torch.nn.Module, budget: int) -> tuple[Offload, Needs, bool]:
+    """What ``fit`` does: the layout ("sequential" where none keeps to the budget), its needs, whether T5 is in int8."""
+    chosen = choose(needs, budget)
+    if chosen.kind != "sequential" or budget - SPARE >= needs.weights["text_encoder"]:
+        return chosen, needs, False
+    needs = replace(needs, weights={**needs.weights, "text_encoder": _int8_bytes(text_encoder)})
+    return choose(needs, budget), needs, True
+
+
+def read_memory(memory: int | str) -> int:
+    """Bytes of "12GB", "11.5GiB", or a number of them.
+
+    Raises:
+        BudgetError: it is none.
+    """
+    match = re.fullmatch(r"([0-9.]+) ?(GB|GiB|MB|MiB)", memory) if isinstance(memory, str) else None
+    units = {"GB": 10**9, "GiB": 1 << 30, "MB": 10**6, "MiB": 1 << 20}
+    try:
+        size = int(float(match[1]) * units[match[2]]) if match else operator.index(memory)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        size = 0
+    if size <= 0 or isinstance(memory, bool):
+        raise BudgetError(f"memory is {memory!r}, expected bytes, or e.g. '12GB' or '11.5GiB'")
+    return size
+
+
+class BudgetError(ValueError):
+    """A budget that is none, or that cannot be kept; the message says what would do."""
+
+
+def _linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    return [each for each in model.modules() if isinstance(each, torch.nn.Linear)]
+
+
+def _int8_bytes(model: torch.nn.Module) -> int:
+    """Of a model with its linears in int8, a scale for each row."""
+    saved = sum(each.weight.numel() * (each.weight.itemsize - 1) - 4 * each.out_features for each in _linears(model))
+    return _bytes(model) - saved
+
+
+def _to_int8(model: torch.nn.Module) -> None:
+    from torchao.quantization import quantize_
+
+    from quant.schemes import torchao_config
+
+    quantize_(model, torchao_config("int8-weight-only"))
 
 
 def _run_eagerly(transformer: Any) -> None:
@@ -182,4 +321,7 @@ def _gib(size: int) -> str:
     return f"{size / _GIB:.1f} GiB"
 
 
-__all__ = ["OFFLOADS", "Needs", "Offload", "choose", "estimate", "place"]
+__all__ = [
+    "OFFLOADS", "SPARE", "BudgetError", "Needs", "Offload", "choose", "choose_within", "estimate", "fit", "phases",
+    "place", "read_memory", "released",
+]  # fmt: skip

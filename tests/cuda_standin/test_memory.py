@@ -14,10 +14,13 @@ import cogx_fast
 from benchmarks.standin import journal
 from cogx_fast.config import PRESETS, TransformerConfig
 from cogx_fast.measure.contest import call_arguments
+from cogx_fast.pipelines import memory, peaks
 from cogx_fast.runtime.compile import compile_model
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.sizes import count_tokens, default_video
 from tests.cuda_standin.device import FAST, GIB, attention_kernels, checkpoint, peak_bytes
+from tests.cuda_standin.test_pipelines import generate, pipeline
+from tests.pipes import FRAMES, HEIGHT, WIDTH
 from tests.support import RELEASED
 
 LAYERS = 2
@@ -144,3 +147,51 @@ def test_loading_to_the_device_needs_little_more_than_the_weights(tmp_path, reci
     bytes_of = [tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()]
     held = torch.cuda.memory_allocated()
     assert peak[0] <= held + 4 * max(bytes_of), f"{peak[0] / held:.2f} of the weights"
+
+
+@pytest.mark.cards("h100")
+@pytest.mark.parametrize("preset", RELEASED)
+def test_the_peak_that_is_reckoned_with_is_the_allocators(preset):
+    config = PRESETS[preset]
+    tokens = count_tokens(config, default_video(config))
+    given = arguments(dataclasses.replace(config, num_layers=LAYERS))
+    counted = step_peak(ours(dataclasses.replace(config, num_layers=LAYERS)), given)
+    assert peaks.step_peak(config, tokens, batch=2, dtype=torch.bfloat16) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.cards("h100")
+def test_a_pipeline_keeps_to_its_budget(capsys):
+    """Every layout, each with a budget that leaves no room for a faster one."""
+    for kind in ("none", "model", "blocks"):
+        pipe = pipeline(num_layers=6, num_attention_heads=32)
+        pipe.transformer.register_to_config(sample_height=HEIGHT // 8, sample_width=WIDTH // 8, sample_frames=FRAMES)
+        measured = cogx_fast.accelerate(pipe)
+        video = default_video(measured.transformer.config)
+        needs = memory.estimate(measured, count_tokens(measured.transformer.config, video), video)
+        room = max(memory.phases(needs, kind, tiled=False).values())
+        cogx_fast.accelerate(pipe, memory=room + GIB, compile=FAST, attention="sdpa")
+        word = {"none": "whole pipeline", "model": "model offload", "blocks": "streamed"}[kind]
+        assert word in capsys.readouterr().err
+        with peak_bytes() as peak:
+            generate(pipe)
+            generate(pipe)
+        assert peak[0] <= room + 40 * 2**20, f"{kind}: cuBLAS' workspace is the spare's"
+        del pipe, measured
+        gc.collect()
+    with pytest.raises(memory.BudgetError, match=r"takes 1\.\d GiB or more"):
+        cogx_fast.accelerate(pipeline(num_layers=6), memory=GIB + 1)
+
+
+@pytest.mark.cards("h100")
+def test_a_text_encoder_that_does_not_fit_is_stored_in_int8(capsys):
+    from transformers import T5Config, T5EncoderModel
+
+    pipe = pipeline()
+    fields = pipe.text_encoder.config.to_dict() | {"d_ff": 1 << 18}
+    pipe.text_encoder = T5EncoderModel(T5Config(**fields)).to(torch.bfloat16).eval()
+    size = sum(each.nbytes for each in pipe.text_encoder.parameters())
+    cogx_fast.accelerate(pipe, memory=GIB + round(0.7 * size), attention="sdpa")
+    assert "text encoder in int8" in capsys.readouterr().err
+    with peak_bytes() as peak:
+        generate(pipe)
+    assert peak[0] <= 0.7 * size + 40 * 2**20
