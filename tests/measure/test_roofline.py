@@ -24,7 +24,7 @@ from tests.conftest import report, run_cli
 from tests.support import RELEASED, inputs
 
 H100 = DEVICES["h100"]
-CODEGEN = Path(__file__).resolve().parents[1] / "benchmarks" / "expected" / "codegen.csv"
+CODEGEN = Path(__file__).resolve().parents[2] / "benchmarks" / "expected" / "codegen.csv"
 
 
 def _tokens(name: str) -> sizes.Tokens:
