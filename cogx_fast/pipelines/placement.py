@@ -50,6 +50,11 @@ class Placement:
             return "accelerate offloads it to the disk"
         return None
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether there are any."""
+        return self._root is not None or bool(self._inner)
+
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """Without the hooks, and with the weights that they hold; afterwards the model is exactly as it was."""

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogx_fast.config import TransformerConfig
-from cogx_fast.weights.checkpoint import put
+from cogx_fast.model.transformer import CogVideoXTransformer
+from cogx_fast.weights.assemble import Store, put
 from cogx_fast.weights.errors import CheckpointError, some
 from cogx_fast.weights.layout import Slot, slots
 
@@ -99,37 +99,29 @@ class Merge:
         self.loras = [as_lora(each) for each in loras]
         self._slots: dict[str, Slot] = {}
         self._deltas: dict[str, list[Delta]] = {}
-        self._merged: set[str] = set()
 
-    def read(self, config: TransformerConfig) -> None:
-        """Read the files and check them against a configuration.
+    def check(self, model: CogVideoXTransformer, store: Store) -> None:
+        """Read the files and check them against the model that is made.
 
         Raises:
-            LoraError: (a ValueError) one is damaged, or for another model, or holds what cannot be merged.
+            LoraError: (a ValueError) one is damaged, or for another model, or holds what cannot be merged; or the
+                weights are quantized already.
             FileNotFoundError: it is not there.
         """
-        self._slots = slots(config)
+        if store.quantized and self.loras:
+            raise LoraError(
+                f"{store.origin}: LoRAs cannot be merged into weights that are quantized already "
+                f"({some(store.quantized, 2)}): give the original weights, loras=... and quant=... together"
+            )
+        self._slots = slots(store.config)
         names = (name for name, slot in self._slots.items() if name.endswith(".weight") and len(slot.shape) > 1)
         linears = {name.removesuffix(".weight"): self._slots[name] for name in names}
         for lora in self.loras:
             for name, delta in _read(lora, linears).items():
                 self._deltas.setdefault(f"{name}.weight", []).append(delta)
 
-    def check_done(self) -> None:
-        """See that all that was read has been merged.
-
-        Raises:
-            LoraError: (a ValueError) it was not, since the weights were quantized already.
-        """
-        left = sorted(self._deltas.keys() - self._merged)
-        if left:
-            raise LoraError(
-                f"LoRAs cannot be merged into weights that are quantized already ({some(left, 2)}): give the original "
-                "weights, loras=... and quant=... together"
-            )
-
-    def finish(self, part: nn.Module, name: str) -> None:
-        """Merge into a part of the model whose weights are there (``checkpoint.Finish``); they are replaced.
+    def apply(self, part: nn.Module, name: str) -> None:
+        """Merge into a part of the model whose weights are there; they are replaced.
 
         Sums are in fp32, and rounded once.
         """
@@ -142,7 +134,6 @@ class Merge:
             for slot in mine:
                 if slot.our_name == our_name:
                     self._add(slot, slot.view(merged))
-                    self._merged.add(slot.name)
             put(part, inside, merged, requires_grad=old.requires_grad)
 
     @torch.no_grad()
