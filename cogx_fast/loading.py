@@ -24,8 +24,9 @@ from cogx_fast.sizes import count_tokens, default_video
 from cogx_fast.weights.assemble import Store, Transform, assemble
 from cogx_fast.weights.checkpoint import FileStore
 from cogx_fast.weights.errors import CheckpointError
-from cogx_fast.weights.live import LiveStore
-from cogx_fast.weights.lora import LoraLike, Merge
+from cogx_fast.weights.live import LiveStore, return_freed_memory
+from cogx_fast.weights.lora import LoraLike
+from cogx_fast.weights.merge import Merge, Merged
 from cogx_fast.weights.quantize import Quantize
 from cogx_fast.weights.sources import ConfigLike, resolve
 
@@ -271,8 +272,9 @@ def load_weights(
         raise CheckpointError(_not_a_source(source))
     home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
     transforms: list[Transform] = []
-    if loras:
-        transforms.append(Merge(loras))
+    merge = Merge(loras) if loras else None
+    if merge is not None:
+        transforms.append(merge)
     if quant is not None:
         transforms.append(Quantize(quant, home))
     if isinstance(source, nn.Module):
@@ -288,12 +290,15 @@ def load_weights(
     model = assemble(
         store, build, transforms=transforms, check=check_all, dtype=wanted, device=place, check_finite=check_finite
     )
+    model.merged = Merged(store.config, store) if merge is None or merge.merged is None else merge.merged
     if isinstance(source, nn.Module):
+        return_freed_memory()
         if getattr(source, "gradient_checkpointing", False):
             run: Any = source._gradient_checkpointing_func
             model.enable_gradient_checkpointing(None if is_from(run, "diffusers") else run)
     else:
         model.register_to_config(_name_or_path=str(source))
+    model.merged.note(model)
     model.eval()
     _set_attention(model, attention, compiled=compiled)
     if place is not None or not torch.accelerator.is_available():  # else it may be on its way to another device

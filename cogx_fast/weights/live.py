@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -250,6 +252,14 @@ def _one_device(tensors: Any, origin: str) -> torch.device:
     return devices.pop()
 
 
+def return_freed_memory() -> None:
+    """Have glibc give back to the system what freed tensors held; it keeps smaller blocks otherwise."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 @torch.no_grad()
 def _take(
     parts: list[Tensor], group: list[Slot], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -273,4 +283,4 @@ def _check_upstream_values(tensors: Mapping[str, Tensor], layout: Mapping[str, S
         raise CheckpointError(f"{origin}: {len(bad)} tensors hold infinite or NaN weights: {some(bad)}")
 
 
-__all__ = ["LiveStore", "check_ours", "model_config", "plain_tensors"]
+__all__ = ["LiveStore", "check_ours", "model_config", "plain_tensors", "return_freed_memory"]
