@@ -16,7 +16,7 @@ PROBE = Path(__file__).with_name("import_probe.py")
 HEAVY = {
     "accelerate", "diffusers", "huggingface_hub", "imageio", "matplotlib", "peft", "PIL", "torchao", "transformers"
 }  # fmt: skip
-ON_DIFFUSERS = ("cogx_fast.runtime.diffusers_model", "cogx_fast.runtime.adapters")
+ON_DIFFUSERS = tuple(f"cogx_fast.runtime.{name}" for name in ("diffusers_model", "diffusers_adapters", "adapters"))
 """The modules that import diffusers or peft when they are imported themselves; so importing them counts as that."""
 COMPILER = ("torch._dynamo", "torch._inductor")
 COMPILER_OWNERS = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -27,11 +27,11 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.model.layers import FeedForward
 from cogx_fast.model.tables import sincos_table
 from cogx_fast.model.transformer import Attention
-from cogx_fast.runtime.attached import ADAPTERS, AttachedError, check_processor, take_off_adapters
+from cogx_fast.runtime.attached import AttachedError, check_processor
 from cogx_fast.runtime.averages import follow_layout
+from cogx_fast.runtime.diffusers_adapters import AdapterMethods
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.sizes import own_grid
-from cogx_fast.weights.lora import LoraLike, read_loras
 
 _LOADING = ("dtype", "torch_dtype", "variant", "revision", "cache_dir", "local_files_only")
 """What ``from_pretrained`` takes besides the path and ``subfolder``."""
@@ -89,7 +89,7 @@ class UpstreamFeedForward(FeedForward, TheirFeedForward):
     """The feed-forward as diffusers' functions look for it."""
 
 
-class CogVideoXTransformer3DModel(CogVideoXModel, _UpstreamInterface, metaclass=_EqualsUpstream):
+class CogVideoXTransformer3DModel(AdapterMethods, CogVideoXModel, _UpstreamInterface, metaclass=_EqualsUpstream):
     """``CogVideoXModel`` as a diffusers model: it shares none of upstream's forward, weights' layout or files.
 
     Args:
@@ -112,17 +112,6 @@ class CogVideoXTransformer3DModel(CogVideoXModel, _UpstreamInterface, metaclass=
 
     def _output(self, sample: Tensor) -> Any:
         return Transformer2DModelOutput(sample=sample)
-
-    def _follow_scale(self, attention_kwargs: Mapping[str, Any] | None) -> None:
-        if "adapters" in self._modules:
-            self._adapters().scale_calls(float((attention_kwargs or {}).get("scale", 1.0)))
-
-    def set_loras(self, loras: Sequence[LoraLike]) -> None:
-        """As ``CogVideoXModel.set_loras``; adapters that pipelines loaded come on top of these."""
-        if "adapters" in self._modules:
-            self._adapters().stand_on(read_loras(loras, self._config))
-        else:
-            super().set_loras(loras)
 
     # -- diffusers' ConfigMixin ----------------------------------------------------------------------------------------
 
@@ -240,119 +229,6 @@ class CogVideoXTransformer3DModel(CogVideoXModel, _UpstreamInterface, metaclass=
         raise ValueError(
             "this model has no plan to split its one stream over devices: use diffusers' own transformer for that"
         )
-
-    # -- adapters, as PeftAdapterMixin has them ------------------------------------------------------------------------
-
-    def _adapters(self) -> Any:
-        from cogx_fast.runtime.adapters import Adapters
-
-        if "adapters" not in self._modules:
-            self.adapters = Adapters(self)
-        return self.adapters
-
-    def load_lora_adapter(
-        self,
-        pretrained_model_name_or_path_or_dict: Mapping[str, Tensor] | str | os.PathLike[str],
-        prefix: str | None = "transformer",
-        hotswap: bool = False,
-        *,
-        adapter_name: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
-        network_alphas: Mapping[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Take a LoRA, merged into the weights; it becomes the active one (as ``pipe.load_lora_weights`` asks for it).
-
-        Args:
-            pretrained_model_name_or_path_or_dict: its tensors, or a ``.safetensors`` file.
-            prefix: names that begin otherwise are another part's; taken all the same where no name begins so.
-            hotswap: it takes the place of the adapter of that name.
-            adapter_name: its name; None makes one.
-            metadata: peft's configuration of it.
-            network_alphas: alphas by module, of older files.
-
-        Raises:
-            LoraError: (a ValueError) it cannot be merged; nothing is changed then.
-            ValueError: the name is taken already.
-        """
-        given = pretrained_model_name_or_path_or_dict
-        if not isinstance(given, Mapping):
-            from safetensors import safe_open
-
-            with safe_open(os.fspath(given), "pt") as file:
-                texts = file.metadata() or {}
-                given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            metadata = json.loads(texts["lora_adapter_metadata"]) if "lora_adapter_metadata" in texts else metadata
-        tensors = dict(given) | {f"{name}.alpha": torch.tensor(value) for name, value in (network_alphas or {}).items()}
-        mine = {name: tensor for name, tensor in tensors.items() if prefix and name.startswith(f"{prefix}.")}
-        self._adapters().add(adapter_name, mine or tensors, metadata, hotswap=hotswap)
-
-    def set_adapters(self, adapter_names: list[str] | str, weights: Any = None) -> None:
-        """Have these adapters be the active ones, as strong as said (1 each where nothing is)."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        strengths = weights if isinstance(weights, list) else [weights] * len(names)
-        if len(strengths) != len(names):
-            raise ValueError(f"{len(names)} adapters are named and {len(strengths)} weights given: one for each")
-        self._adapters().use(names, strengths)
-
-    def fuse_lora(
-        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
-    ) -> None:
-        """Have the active adapters stay in the weights, whichever are active later, until ``unfuse_lora``."""
-        self._adapters().fuse(lora_scale, adapter_names)
-
-    def unfuse_lora(self) -> None:
-        """Take back what ``fuse_lora`` did."""
-        self._adapters().unmerge()
-
-    def enable_lora(self) -> None:
-        """Turn adapters on again."""
-        self._adapters().enable_adapters(True)
-
-    def disable_lora(self) -> None:
-        """Turn all adapters off; the weights are the base model's, to the bit."""
-        self._adapters().enable_adapters(False)
-
-    def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Forget these adapters."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self._adapters().delete_adapter(name)
-
-    def unload_lora(self) -> None:
-        """Forget all adapters; what is fused stays for good."""
-        self._adapters().unload()
-
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters.
-
-        Raises:
-            ValueError: there is none.
-        """
-        if not self._adapters().configs:
-            raise ValueError("no adapter is loaded: load one first")
-        return list(self._adapters().active_adapters)
-
-    def enable_lora_hotswap(self, **_: Any) -> None:
-        """Nothing to prepare: another adapter never makes anything compile again."""
-
-    def _no_adapters(self, *_: Any, **__: Any) -> NoReturn:
-        raise AttachedError(ADAPTERS)
-
-    add_adapter = save_lora_adapter = _no_adapters
-
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        """The adapters' configurations by name; there is none where there are no adapters."""
-        configs = getattr(self._modules.get("adapters"), "configs", None)
-        if not configs:
-            raise AttributeError("peft_config")
-        return dict(configs)
-
-    @peft_config.setter
-    def peft_config(self, _: Any) -> NoReturn:
-        """PEFT writes it at the end of every injection: its adapters are taken off again."""
-        take_off_adapters(self)
-        raise AttachedError(ADAPTERS)
 
 
 _OF_THE_FILE = ("_class_name", "_diffusers_version", "_registered", "_use_default_values", "quantization_config")

@@ -145,7 +145,8 @@ class Merged:
 
     def _check(self, model: nn.Module, changed: Mapping[str, Tensor]) -> None:
         self.look(model)
-        trained = [name for name in changed if name in self._trained]
+        apart = {name: [name.replace(".to_qkv.", f".{each}.") for each in ("to_q", "to_k", "to_v")] for name in changed}
+        trained = [name for name in changed if self._trained & {name, *apart[name]}]
         if trained:
             raise LoraError(
                 f"{some(trained, 2)} were changed since the model was loaded (by training, or load_state_dict), so the "

@@ -179,3 +179,72 @@ def test_they_work_compiled_quantized_and_copied_without_compiling_again(tmp_pat
         assert torch.equal(other(**arguments).sample, changed)
         other.disable_lora()
         assert torch.equal(other(**arguments).sample, plain)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_trains_as_on_diffusers_model_and_diffusers_loads_what_is_saved(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+    both = Both(tmp_path)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2"]
+    losses: list[float] = []
+    begin: dict[str, Tensor] = {}
+    for pipe in (both.theirs, both.ours):
+        model = pipe.transformer.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights="gaussian"))
+        begin = begin or {name: each.clone() for name, each in get_peft_model_state_dict(model).items()}
+        set_peft_model_state_dict(model, begin)
+        model.enable_gradient_checkpointing()
+        trained = [each for each in model.parameters() if each.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.5)
+        for _ in range(3):
+            loss = model(**both.arguments).sample.square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-4)
+    assert losses[2] < losses[0]
+    trained_by = [get_peft_model_state_dict(pipe.transformer) for pipe in (both.theirs, both.ours)]
+    assert trained_by[0].keys() == trained_by[1].keys()
+    both.ours.save_lora_weights(tmp_path / "lora", trained_by[1])
+    expected = both.predictions()[1]
+    pipe = make_pipe(KIND, PRESET)
+    pipe.load_lora_weights(tmp_path / "lora")
+    pipe.set_adapters("default_0", 6 / 2)  # the file says no alpha
+    with torch.no_grad():
+        assert relative_error(pipe.transformer(**both.arguments).sample, expected) < 2e-5
+    both.ours.transformer.unload_lora()
+    both.ours.load_lora_weights(tmp_path / "lora", adapter_name="trained")
+    both.ours.set_adapters("trained", 6 / 2)
+    assert relative_error(both.predictions()[1], expected) < 2e-5
+    both.ours.unload_lora_weights()
+    fresh = cogx_fast.load(make_pipe(KIND, PRESET).transformer)
+    assert both.ours.transformer.state_dict().keys() == fresh.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(both.ours.transformer(**both.arguments).sample, fresh(**both.arguments).sample)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_trained_is_refused_and_the_model_is_as_before(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = cogx_fast.load(make_pipe(KIND, PRESET).transformer)
+    arguments = inputs(model.config)
+    plain = model(**arguments).sample
+    for targets, message in (
+        (["to_q", "norm1.linear"], r"target_modules norm1\.linear are not apart"),
+        (["to_q", "add_k_proj"], "add_k_proj are not apart"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.add_adapter(LoraConfig(r=2, target_modules=targets))
+        assert torch.equal(model(**arguments).sample, plain)
+    with pytest.raises(ValueError, match=r"to train one, model\.add_adapter\(config\)"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["to_out.0"]))
+    assert torch.equal(model(**arguments).sample, plain)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"call unload_lora\(\) before others are used"):
+        model.load_lora_adapter({})
+    quantized = cogx_fast.load(make_pipe(KIND, PRESET).transformer, quant="int8-weight-only")
+    with pytest.raises(ValueError, match="is quantized: load it without quant"):
+        quantized.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
