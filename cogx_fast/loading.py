@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,19 +13,23 @@ from torch import nn
 
 from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.attention.backends import get_backend
+from cogx_fast.attention.plan_file import choose_plan
 from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
-from cogx_fast.model.transformer import Block
 from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.auto_attention import AttentionFor
 from cogx_fast.runtime.baked import read_schedule
 from cogx_fast.runtime.source import check_source
-from cogx_fast.runtime.streaming import check_offload, stream_blocks, streamed_blocks
+from cogx_fast.runtime.step_schedule_file import choose_strategy
+from cogx_fast.runtime.streaming import Offload, check_offload, stream_blocks
 from cogx_fast.runtime.upstream import model_class
 from cogx_fast.sizes import count_tokens, default_video
-from cogx_fast.weights.checkpoint import load_checkpoint
+from cogx_fast.weights.assemble import Store, Transform, assemble
+from cogx_fast.weights.checkpoint import FileStore
 from cogx_fast.weights.errors import CheckpointError
-from cogx_fast.weights.live import adopt, return_freed_memory
-from cogx_fast.weights.lora import LoraLike, Merge
+from cogx_fast.weights.live import LiveStore, return_freed_memory
+from cogx_fast.weights.lora import LoraLike
+from cogx_fast.weights.merge import Merge, Merged
+from cogx_fast.weights.quantize import Quantize
 from cogx_fast.weights.sources import ConfigLike, resolve
 
 if TYPE_CHECKING:
@@ -33,7 +37,6 @@ if TYPE_CHECKING:
     from cogx_fast.runtime.compile import CompileConfig
     from cogx_fast.runtime.module import CogVideoXModel
     from cogx_fast.runtime.step_schedule import StepSchedule
-    from cogx_fast.weights.checkpoint import Finish
     from quant import Recipe
 
 _GUIDED_BATCH = 2
@@ -59,6 +62,7 @@ def load(
     loras: Sequence[LoraLike] = (),
     offload: str | None = None,
     schedule: Any = None,
+    keep_source: bool = True,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -70,8 +74,8 @@ def load(
     Args:
         source: a diffusers pipeline's directory or its ``transformer`` folder; a ``.safetensors`` file or the index of
             several; a hub id; "tiny", the trained pipeline that comes with the package; or a live model, diffusers' or
-            ours, whose weights are shared (``weights.live.adopt``). Adapters on it must be merged; anything else that
-            is attached to it (hooks, patches, processors) is refused by name (``runtime.source``).
+            ours, whose weights are shared (``weights.live``). Adapters on it must be merged; anything else that is
+            attached to it (hooks, patches, processors) is refused by name (``runtime.source``).
         config: for files without a ``config.json`` beside them, or in its place: a configuration, a mapping, a path, or
             the name of a released model ("5b").
         dtype: of all weights, a ``torch.dtype`` or its name ("bf16", "fp16", "fp32"); None keeps them as stored. Where
@@ -92,9 +96,8 @@ def load(
         compile_cache: start warm from this file, which ``model.save_compile_cache`` wrote: its code is run, so take it
             only from where you trust code. One that does not fit is not used, with a warning that says why.
         quant: quantize with a recipe: the name of a shipped one (``cogx-fast recipes`` lists them), the path of a
-            ``.toml`` file, or a ``quant.Recipe``. Files are quantized block by block as they are read; a live model
-            keeps its own weights beside the quantized ones until it is dropped. Weights that are quantized already
-            need none, and take no other than their own.
+            ``.toml`` file, or a ``quant.Recipe``. Weights are quantized block by block as they are read. Those that
+            are quantized already need none, and take no other than their own.
         loras: LoRA files (``.safetensors``), merged into the weights in this order before they are quantized: each a
             path, ``(path, weight)``, or a ``cogx_fast.Lora``, which can say its alpha (``weights.lora`` lists what is
             read). Of a live model the merged weights are copies; its own stay as they are.
@@ -104,6 +107,8 @@ def load(
         schedule: bake the conditioning (``runtime.baked``): True, a diffusers scheduler, or timesteps as numbers. The
             modulation's weights (a seventh of 5b) stay in host memory; a table of the timesteps that a pipeline's
             scheduler has is made of them as they change. For inference.
+        keep_source: of a live model: it keeps its own weights beside the quantized ones. False: each is given up as
+            soon as the new one is there, and the source cannot be used any more.
         revision: branch, tag or commit of a hub id.
         cache_dir: the hub's cache, if another than huggingface_hub's own.
         local_files_only: take a hub id from the cache only.
@@ -133,11 +138,10 @@ def load(
     if schedule is not None:
         read_schedule(schedule)
     if step_cache is not None:
-        from cogx_fast.runtime.step_schedule_file import choose_strategy
-
         choose_strategy(step_cache)
     if attention_plan is None:
         attention_plan = getattr(source, "attention_plan", None)
+    running = _Running(plan=attention_plan, step_cache=step_cache, compile=compile)
     model = load_weights(
         source,
         model_class(),
@@ -150,29 +154,54 @@ def load(
         loras=loras,
         offload=offload is not None,
         schedule=schedule,
+        keep_source=keep_source,
         revision=revision,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
         check_finite=check_finite,
         variant=variant,
+        check=running.check,
     )
-    if attention_plan is not None:
-        from cogx_fast.attention.plan_file import choose_plan
-
-        model.set_attention_plan(choose_plan(attention_plan, model.config))
-    if step_cache is not None:
-        model.set_step_cache(step_cache)
+    running.set_on(model)
     if not compile:
         _warn_if_slow(model)
-    if compile:
-        from cogx_fast.runtime.compile import CompileConfig, compile_model
+    if compile_cache is not None:
+        from cogx_fast.runtime.warm_start import load_compile_cache
 
-        compile_model(model, CompileConfig() if compile is True else compile)
-        if compile_cache is not None:
-            from cogx_fast.runtime.warm_start import load_compile_cache
-
-            load_compile_cache(model, compile_cache)
+        load_compile_cache(model, compile_cache)
     return model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Running:
+    """How a model is to run, as ``load`` is asked."""
+
+    plan: AttentionPlan | str | os.PathLike[str] | None
+    step_cache: StepSchedule | str | os.PathLike[str] | None
+    compile: bool | CompileConfig
+
+    def check(self, model: CogVideoXModel) -> None:
+        """See on a model without weights that all of it goes together: nothing is read, or given up, if not."""
+        runner = model.runner
+        if self.plan is not None:
+            model.set_attention_plan(dataclasses.replace(choose_plan(self.plan, model.config), weights_hash=None))
+        self._set(model)
+        model.set_attention_plan(None)
+        model.runner = runner
+
+    def set_on(self, model: CogVideoXModel) -> None:
+        """Have the model run so."""
+        if self.plan is not None:
+            model.set_attention_plan(choose_plan(self.plan, model.config))
+        self._set(model)
+
+    def _set(self, model: CogVideoXModel) -> None:
+        if self.step_cache is not None:
+            model.set_step_cache(self.step_cache)
+        if self.compile:
+            from cogx_fast.runtime.compile import CompileConfig, compile_model
+
+            compile_model(model, CompileConfig() if self.compile is True else self.compile)
 
 
 def load_package(
@@ -231,18 +260,21 @@ def load_weights(
     loras: Sequence[LoraLike] = (),
     offload: bool = False,
     schedule: Any = None,
+    keep_source: bool = True,
     check_finite: bool = False,
+    check: Callable[[CogVideoXModel], None] = lambda model: None,
     **files: Any,
 ) -> CogVideoXModel:
     """``load`` up to where it is decided how the model runs.
 
     Args:
-        source, config, dtype, device, quant, loras, check_finite: as of ``load``.
+        source, config, dtype, device, quant, loras, keep_source, check_finite: as of ``load``.
         build: the class (``runtime.upstream.model_class``).
         attention: as of ``load``.
         compiled: "auto" times attention as it runs compiled.
         offload: whether the blocks are streamed.
         schedule: as of ``load``.
+        check: looks at the model without weights, before any is read, and raises.
         files: ``revision``, ``cache_dir``, ``local_files_only`` and ``variant`` of ``load``.
 
     Returns:
@@ -260,25 +292,38 @@ def load_weights(
     if not isinstance(source, nn.Module | str | os.PathLike):
         raise CheckpointError(_not_a_source(source))
     home = place or (_home(source) if isinstance(source, nn.Module) else torch.device("cpu"))
-    merge = Merge(loras)
-    prepare = None
-    if quant is not None or loras:
-        prepare = partial(_prepare, merge=merge, recipe=quant, device=home, offload=offload)
+    transforms: list[Transform] = []
+    merge = Merge(loras) if loras else None
+    if merge is not None:
+        transforms.append(merge)
+    if quant is not None:
+        transforms.append(Quantize(quant, home))
     is_split = offload or schedule is not None  # then what is not to lie on the device never does
+    if offload and transforms:
+        transforms.append(Offload())
     if isinstance(source, nn.Module):
-        read_to = None if is_split else place
-        model = adopt(
-            source, build, dtype=wanted, device=read_to, check_finite=check_finite, prepare=prepare, check=check_source
-        )
+        store: Store = LiveStore(source, check_attached=check_source, keep=keep_source)
+    else:
+        store = FileStore(resolve(tiny_pipeline_dir() if source == "tiny" else source, config=config, **files))
+
+    def check_all(model: CogVideoXModel) -> None:
+        if attention != "auto":
+            model._use_attention(attention, home)
+        check(model)
+
+    read_to = None if is_split else place
+    model = assemble(
+        store, build, transforms=transforms, check=check_all, dtype=wanted, device=read_to, check_finite=check_finite
+    )
+    model.merged = Merged(store.config, store) if merge is None or merge.merged is None else merge.merged
+    if isinstance(source, nn.Module):
+        return_freed_memory()
         if getattr(source, "gradient_checkpointing", False):
             run: Any = source._gradient_checkpointing_func
             model.enable_gradient_checkpointing(None if is_from(run, "diffusers") else run)
     else:
-        found = resolve(tiny_pipeline_dir() if source == "tiny" else source, config=config, **files)
-        read_to = torch.device("cpu") if is_split else home
-        model = load_checkpoint(found, build, dtype=wanted, device=read_to, check_finite=check_finite, prepare=prepare)
         model.register_to_config(_name_or_path=str(source))
-    merge.check_done()
+    model.merged.note(model)
     if schedule is not None:
         model.set_schedule(schedule)
     if offload:
@@ -290,38 +335,6 @@ def load_weights(
     if place is not None or not torch.accelerator.is_available():  # else it may be on its way to another device
         _warn_of_slow_dtype(model)
     return model
-
-
-def _prepare(
-    model: CogVideoXModel,
-    *,
-    merge: Merge,
-    recipe: str | os.PathLike[str] | Recipe | None,
-    device: torch.device,
-    offload: bool,
-) -> Finish:
-    """What is done to each part of the model, in this order: LoRAs are merged, it is quantized, a block is offloaded.
-
-    By the time that this returns it is sure that both can be carried out.
-    """
-    merge.read(model.config)
-    streamed = streamed_blocks(model) if offload else None
-    planned = None
-    if recipe is not None:
-        from quant.apply import plan, remember
-
-        planned = plan(model, recipe, device=device)
-        remember(model, planned.recipe)
-
-    def finish(part: nn.Module, name: str) -> None:
-        merge.finish(part, name)
-        if planned is not None:
-            planned.apply(part, name, device=device, measure=False)
-            if streamed is not None and isinstance(part, Block):
-                streamed.hold(part)
-            return_freed_memory()
-
-    return finish
 
 
 def _warn_if_slow(model: CogVideoXModel) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,34 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each, in their children too; read when torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def flags() -> dict[str, Any]:
+    """torch's process-wide flags, as far as they are there yet; whether compiled code is found hangs on them."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    found = {
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "grad mode": torch.is_grad_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    for name in ("torch._dynamo.config", "torch._inductor.config", "torch._functorch.config"):
+        if name in sys.modules:
+            found |= {f"{name}.{key}": value for key, value in sys.modules[name].get_config_copy().items()}
+    return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def flags_stay_as_they_were() -> Iterator[None]:
+    """A file that leaves a flag of torch changed would make others fail, by the order in which they happen to run."""
+    before = flags()
+    yield
+    after = flags()
+    changed = [f"{key}: {before[key]!r} is now {after[key]!r}" for key in before if before[key] != after.get(key)]
+    assert not changed, "; ".join(changed)
 
 
 @dataclass(frozen=True)

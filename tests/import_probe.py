@@ -1,6 +1,6 @@
 """Run in a fresh interpreter by test_architecture: imports each module of a package and reports what that did.
 
-    python import_probe.py PACKAGE FORBIDDEN[,FORBIDDEN…] LEFT_OUT
+    python import_probe.py PACKAGE FORBIDDEN[,FORBIDDEN…] LEFT_OUT[,LEFT_OUT…]
 
 Prints one JSON list of "module: what it did". torch, its compiler included, is imported beforehand: what torch itself
 does on import is not laid to us, and every flag of it can be compared.
@@ -69,14 +69,14 @@ def probe(module: str, forbidden: set[str]) -> list[str]:
 def main() -> None:
     """Probe the package, then all modules below it."""
     del sys.path[0]  # this folder, where quant is a package of tests
-    package, forbidden, left_out = sys.argv[1], set(sys.argv[2].split(",")), sys.argv[3]
+    package, forbidden, left_out = sys.argv[1], set(sys.argv[2].split(",")), set(sys.argv[3].split(","))
     assert not forbidden & set(sys.modules), f"torch itself imports {forbidden & set(sys.modules)}"
     if "torchao" not in forbidden:  # for the same reason: it logs which of its extensions it cannot load
         importlib.import_module("torchao.quantization")
     sys.addaudithook(watch)
     report = probe(package, forbidden)
     for info in pkgutil.walk_packages(sys.modules[package].__path__, prefix=f"{package}."):
-        if not info.name.endswith("__main__") and info.name != left_out:
+        if not info.name.endswith("__main__") and info.name not in left_out:
             report += probe(info.name, forbidden)
     print(json.dumps(report))
 

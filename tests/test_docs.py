@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from tests.pipes import FRAMES, HEIGHT, WIDTH, make_pipe
 
@@ -105,6 +106,13 @@ def test_quantize_and_compare(tmp_path: Path) -> None:
 def test_warm_start(tmp_path: Path) -> None:
     assert run("warm_start.py", where=tmp_path).startswith("cold start")
     assert run("warm_start.py", where=tmp_path).startswith("warm start")
+
+
+def test_train_lora(tmp_path: Path) -> None:
+    said = run("train_lora.py", "--steps", 2, where=tmp_path)
+    assert re.search(r"loss [\d.]+, after 2 steps [\d.]+; saved in lora, and loaded again", said) is not None
+    with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight" in file.keys()  # noqa: SIM118
 
 
 def test_finetune_step(tmp_path: Path) -> None:

@@ -166,9 +166,8 @@ def test_compile_is_called_with_the_config(source, monkeypatch):
     config = module.CompileConfig(scope="model")
     cogx_fast.load(source, compile=config)
     cogx_fast.load(source, compile=False)
-    assert calls[0] == (model, module.CompileConfig())
-    assert calls[1][1] is config
-    assert len(calls) == 2
+    assert [each for _, each in calls] == [module.CompileConfig()] * 2 + [config] * 2  # tried on no weights first
+    assert calls[1][0] is model
 
 
 def test_a_file_and_a_live_model_give_the_same(source, tmp_path):

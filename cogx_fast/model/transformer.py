@@ -11,7 +11,7 @@ V video tokens, E width of text or time embedding, D model width, N heads, K hea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,38 @@ class Attention(Part):
 
     def project(self, x_BSD: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, normed and rotated, each ``(B, S, N, K)``."""
-        q_BSNK, k_BSNK, v_BSNK = (
-            project(self.to_qkv, x_BSD, reduced_next=True).unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        )
+        if self.is_split:
+            joint_BS3D = torch.cat([project(each, x_BSD) for each in (self.to_q, self.to_k, self.to_v)], 2)
+        else:
+            joint_BS3D = project(self.to_qkv, x_BSD, reduced_next=True)
+        q_BSNK, k_BSNK, v_BSNK = joint_BS3D.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         return self.norm_q(q_BSNK, rotary), self.norm_k(k_BSNK, rotary), v_BSNK
+
+    @property
+    def is_split(self) -> bool:
+        """Whether query, key and value are linears of their own."""
+        return "to_q" in self._modules
+
+    def split(self) -> None:
+        """Have query, key and value as linears of their own, in the same memory, for adapters to stand around."""
+        fused: Any = self._modules.pop("to_qkv")
+        biases = (None,) * 3 if fused.bias is None else fused.bias.detach().chunk(3)
+        for name, weight, bias in zip(("to_q", "to_k", "to_v"), fused.weight.detach().chunk(3), biases, strict=True):
+            linear = nn.Linear(fused.in_features, fused.out_features // 3, bias=bias is not None, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=fused.weight.requires_grad)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias, requires_grad=fused.bias.requires_grad)
+            setattr(self, name, linear)
+
+    def join(self) -> None:
+        """Have one linear for the three again."""
+        parts: list[Any] = [self._modules.pop(name) for name in ("to_q", "to_k", "to_v")]
+        has_bias = parts[0].bias is not None
+        self.to_qkv = nn.Linear(parts[0].in_features, 3 * parts[0].out_features, bias=has_bias, device="meta")
+        for name in ("weight", "bias") if has_bias else ("weight",):
+            several = [getattr(part, name) for part in parts]
+            joined = nn.Parameter(torch.cat([each.detach() for each in several]), several[0].requires_grad)
+            setattr(self.to_qkv, name, joined)
 
 
 class Block(Part):

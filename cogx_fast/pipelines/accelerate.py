@@ -14,12 +14,16 @@ from cogx_fast.pipelines.memory import BudgetError, fit, read_memory
 from cogx_fast.pipelines.placement import Placement
 
 Pipeline = TypeVar("Pipeline")
+_OWN_REFERENCES = 3
+"""To a transformer that is the pipeline's alone: its attribute, the variable here, and the count's own argument."""
 
 
 def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: Any) -> Pipeline:
     """Give a diffusers CogVideoX pipeline this package's transformer in place of its own.
 
-    Weights are shared with the transformer that was there, or moved, not doubled (see ``cogx_fast.load``). Where
+    Weights are shared with the transformer that was there, or moved, not doubled. With ``quant``, each weight of its is
+    given up as soon as the quantized one is there, so that little more is needed than before, unless something else
+    refers to it (a variable, another pipeline), hooks of accelerate are on it, or ``keep_source=True``. Where
     accelerate placed or offloaded it (``device_map``, ``enable_model_cpu_offload``, ``enable_sequential_cpu_offload``),
     this one is placed in the same way. Adapters must be merged (``pipe.fuse_lora()``). After an error the pipeline is
     as it was.
@@ -31,7 +35,8 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
             own video size, and said on stderr with the peak predicted for each phase (``pipelines.memory.fit``). Of a
             pipeline without offload.
         **options: as for ``cogx_fast.load``: ``dtype``, ``device``, ``attention``, ``attention_plan``, ``step_cache``,
-            ``compile``, ``compile_cache``, ``quant``, ``loras``, ``offload``, ``schedule``, ``check_finite``.
+            ``compile``, ``compile_cache``, ``quant``, ``loras``, ``offload``, ``schedule``,
+            ``keep_source``, ``check_finite``.
 
     Returns:
         The same pipeline.
@@ -50,12 +55,14 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
             f"{type(pipe).__name__} has no transformer (got {transformer!r}), expected {UPSTREAM_CLASS}: pass a "
             "diffusers CogVideoX pipeline"
         )
+    is_shared = sys.getrefcount(transformer) > _OWN_REFERENCES
     transformer = getattr(transformer, "_orig_mod", transformer)  # inside torch.compile's wrapper
     placement = Placement(transformer)
     if options.get("offload") is not None:
         placement.refuse_layers(f"offload={options['offload']!r} streams the blocks itself")
     if memory is not None:
         placement.refuse_layers("memory=... lays it out itself")
+    options.setdefault("keep_source", is_shared or placement.has_hooks)
     with placement.lifted():
         model = load(transformer, **options)
     placement.give(model)

@@ -50,6 +50,11 @@ class Placement:
             return "accelerate offloads it to the disk"
         return None
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether there are any."""
+        return self._root is not None or bool(self._inner)
+
     def refuse_layers(self, why: str) -> None:
         """Refuse a model that is offloaded layer by layer.
 

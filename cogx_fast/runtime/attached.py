@@ -34,8 +34,8 @@ _TORCH_HOOKS = {
 AFTERWARDS = "undo it, and attach it to the model that is returned (its blocks see one stream of text and video)"
 NOT_HERE = "use diffusers' own transformer with it"
 ADAPTERS = (
-    "adapters cannot be added to this model, whose projections are fused: cogx_fast.accelerate(pipe, loras=[file]) or "
-    "load(..., loras=[file]) merges LoRA files; or load them into diffusers' pipeline and call pipe.fuse_lora() first"
+    "PEFT's adapters cannot stand in this model, whose projections are fused: to train one, model.add_adapter(config) "
+    "takes them apart; to use one, pipe.load_lora_weights(file), or load(..., loras=[file]), merges it into the weights"
 )
 _CHOOSE = f"choose a kernel with set_attention_backend, one of {', '.join(BACKENDS)}"
 _PROCESSORS = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")
@@ -197,8 +197,9 @@ def check_own(model: nn.Module) -> None:
         AttachedError: (a ValueError) diffusers' caches, PEFT's adapters, processors; the message names them.
     """
     found = [each for each in on_modules(model) if each.kind == "caching"]
+    is_split = any(isinstance(module, Attention) and module.is_split for module in model.modules())
     for name, module in model.named_modules():
-        if without_adapter(module) is not module:
+        if without_adapter(module) is not module and not is_split:
             found.append(Attached(name, f"an adapter ({name_of(type(module))})", ADAPTERS, "module"))
         elif isinstance(module, Attention):
             processor = vars(module).get("processor", module._modules.get("processor"))

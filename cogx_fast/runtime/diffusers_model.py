@@ -27,8 +27,9 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.model.layers import FeedForward
 from cogx_fast.model.tables import sincos_table
 from cogx_fast.model.transformer import Attention
-from cogx_fast.runtime.attached import ADAPTERS, AttachedError, check_processor, take_off_adapters
+from cogx_fast.runtime.attached import AttachedError, check_processor
 from cogx_fast.runtime.averages import follow_layout
+from cogx_fast.runtime.diffusers_adapters import AdapterMethods
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.sizes import own_grid
 
@@ -88,7 +89,7 @@ class UpstreamFeedForward(FeedForward, TheirFeedForward):
     """The feed-forward as diffusers' functions look for it."""
 
 
-class CogVideoXTransformer3DModel(CogVideoXModel, _UpstreamInterface, metaclass=_EqualsUpstream):
+class CogVideoXTransformer3DModel(AdapterMethods, CogVideoXModel, _UpstreamInterface, metaclass=_EqualsUpstream):
     """``CogVideoXModel`` as a diffusers model: it shares none of upstream's forward, weights' layout or files.
 
     Args:
@@ -228,23 +229,6 @@ class CogVideoXTransformer3DModel(CogVideoXModel, _UpstreamInterface, metaclass=
         raise ValueError(
             "this model has no plan to split its one stream over devices: use diffusers' own transformer for that"
         )
-
-    def _no_adapters(self, *_: Any, **__: Any) -> NoReturn:
-        raise AttachedError(ADAPTERS)
-
-    load_lora_adapter = add_adapter = set_adapters = enable_lora_hotswap = _no_adapters
-    fuse_lora = unfuse_lora = enable_lora = disable_lora = delete_adapters = _no_adapters
-
-    @property
-    def peft_config(self) -> NoReturn:
-        """There is none."""
-        raise AttributeError("peft_config")
-
-    @peft_config.setter
-    def peft_config(self, _: Any) -> NoReturn:
-        """PEFT writes it at the end of every injection: its adapters are taken off again."""
-        take_off_adapters(self)
-        raise AttachedError(ADAPTERS)
 
 
 _OF_THE_FILE = ("_class_name", "_diffusers_version", "_registered", "_use_default_values", "quantization_config")

@@ -26,6 +26,8 @@ from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import StepSchedule
 from cogx_fast.runtime.step_schedule_file import choose_strategy
 from cogx_fast.runtime.streaming import kept_on_host
+from cogx_fast.weights.lora import LoraLike, read_loras
+from cogx_fast.weights.merge import Merged
 
 if TYPE_CHECKING:
     from cogx_fast.measure.explain import Explanation
@@ -58,6 +60,8 @@ class CogVideoXModel(CogVideoXTransformer):
         """What makes a step's inputs of a call's arguments."""
         self.runner = Runner()
         """What runs its steps: eagerly; compiled, set by ``runtime.compile``; or a package, by ``runtime.package``."""
+        self.merged = Merged(config)
+        """The LoRAs that the weights hold."""
         self.attention_choice: Choice | None = None
         """What ``load(attention="auto")`` chose, and why."""
         self._attention_for: AttentionFor | None = None
@@ -132,7 +136,8 @@ class CogVideoXModel(CogVideoXTransformer):
                 means the same tables, made once for each size and kept. (Upstream takes None for no rotation at all,
                 with which no released model works; identity tables, cos = 1 and sin = 0, give that.)
             attention_kwargs: ``attention_mask`` (``(B, S)``, ``(B, S, S)`` or ``(B · N, S, S)``; boolean, True to
-                attend, or added to the scores) and ``scale`` (of LoRA weights; of no effect here).
+                attend, or added to the scores) and ``scale`` (of the adapters that are
+                active).
             return_dict: return an object with ``.sample``, else a tuple of one.
 
         Returns:
@@ -144,6 +149,7 @@ class CogVideoXModel(CogVideoXTransformer):
         """
         if not torch.compiler.is_compiling() and self._attached.has_changed():
             self.check_attached()
+        self._follow_scale(attention_kwargs)
         if timestep_cond is not None:
             raise ValueError("timestep_cond is given, but no CogVideoX model has a projection for it: pass None")
         question = self._attention_for
@@ -174,13 +180,18 @@ class CogVideoXModel(CogVideoXTransformer):
         self.runner.follow_attached(self)
         self._attached.note(self)
 
+    def _follow_scale(self, attention_kwargs: Mapping[str, Any] | None) -> None:
+        """Have adapters be as strong as a call asks for; there are some in diffusers' class alone."""
+
     def _output(self, sample: Tensor) -> Any:
         return TransformerOutput(sample)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CogVideoXModel:
+        self.merged.look(self)
         with kept_on_host(self, fn):
             super()._apply(fn, recurse)
         follow_dtype(self, fn)
+        self.merged.note(self)
         return self
 
     # -- weights by name -----------------------------------------------------------------------------------------------
@@ -224,14 +235,32 @@ class CogVideoXModel(CogVideoXTransformer):
         keys = super().load_state_dict(tensors, strict=False, assign=assign)
         return type(keys)(missing, unexpected)
 
+    def set_loras(self, loras: Sequence[LoraLike]) -> None:
+        """Have the weights hold these LoRAs and no others, in place: nothing compiles again; ``[]`` is the way back.
+
+        What a weight becomes is computed from the weight without LoRAs, to the bit as ``load(loras=…)`` would: it is
+        read again from the model's files, or kept in main memory from the first time on.
+
+        Args:
+            loras: as of ``load``.
+
+        Raises:
+            LoraError: (a ValueError) a file that cannot be merged, or the weights without LoRAs are not to be had: the
+                model was trained since, or quantized from a live one whose files are not there. Nothing is changed.
+            FileNotFoundError: a file is not there.
+        """
+        self.merged.exchange(self, read_loras(loras, self._config))
+
     # -- copies, in this process and in others -------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but the compiled code, which stays with its model; a copy compiles anew."""
+        self.merged.look(self)
         return {**self.__dict__, "runner": self.runner.for_copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.merged.note(self)
         if self.runner.compilation is not None:
             from cogx_fast.runtime.compile import compile_model
 
@@ -366,7 +395,9 @@ class CogVideoXModel(CogVideoXTransformer):
         if self.inputs.baked is None:
             self.modulation.to(self.device)
         else:
+            self.merged.look(self)
             self.inputs.baked.hold(self)
+            self.merged.note(self)
 
     def save_pretrained(
         self,

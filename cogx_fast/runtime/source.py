@@ -103,7 +103,7 @@ def _changed_class(kind: type[nn.Module], fresh: type[nn.Module]) -> str | None:
 _HARMLESS = {
     "training", "gradient_checkpointing", "forward", "extra_repr",
     "fused_projections",  # says that fused copies are there
-    "backend", "attention_choice", "runner",  # of ours: load's to choose
+    "backend", "attention_choice", "runner", "merged",  # of ours: load's to choose
 }  # fmt: skip
 _OF_ACCELERATE = {"to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron"}  # warn, once it placed the model
 _PLAIN = (bool, int, float, str, tuple, types.NoneType)

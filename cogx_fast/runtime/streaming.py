@@ -24,10 +24,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from cogx_fast.model.transformer import Block
 from cogx_fast.runtime.tensors import hash_block, plain_tensors, unflatten
 
 if TYPE_CHECKING:
-    from cogx_fast.model.transformer import Block
     from cogx_fast.runtime.compile import CompileConfig
 
 OFFLOADS = ("blocks",)
@@ -270,6 +270,19 @@ class StreamedBlocks:
             self._slots.clear()
 
 
+class Offload:
+    """Brings each block to host memory as its weights come (``weights.assemble.Transform``)."""
+
+    def check(self, model: Any, store: Any) -> None:
+        """Have the model stream its blocks."""
+        self._streamed = streamed_blocks(model)
+
+    def apply(self, part: nn.Module, name: str) -> None:
+        """Bring a block there."""
+        if isinstance(part, Block):
+            self._streamed.hold(part)
+
+
 def stream_blocks(model: Any, device: torch.device) -> None:
     """Have a model's blocks lie in host memory and be streamed to the device; the rest of it moves there.
 
@@ -281,8 +294,10 @@ def stream_blocks(model: Any, device: torch.device) -> None:
         As ``streamed_blocks``.
     """
     streamed = streamed_blocks(model)
+    model.merged.look(model)
     for block in model.transformer_blocks:
         streamed.hold(block)
+    model.merged.note(model)
     model.to(device)
 
 
@@ -378,6 +393,6 @@ def _extent(shape: Iterable[int], stride: Iterable[int]) -> int:
 
 
 __all__ = [
-    "OFFLOADS", "Copies", "HostPart", "OffloadError", "StreamedBlocks", "check_offload", "copies_to", "kept_on_host",
-    "stream_blocks", "streamed_blocks",
+    "OFFLOADS", "SLOTS", "Copies", "HostPart", "Offload", "OffloadError", "StreamedBlocks", "check_offload",
+    "copies_to", "kept_on_host", "stream_blocks", "streamed_blocks",
 ]  # fmt: skip

@@ -1,11 +1,12 @@
-"""A model from the weights of another one in memory: shared where they can be, never standing twice."""
+"""A live model as a store of weights: shared where they can be, never standing twice."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,36 +14,18 @@ from torch import Tensor, nn
 
 from cogx_fast.config import UPSTREAM_CLASS, TransformerConfig
 from cogx_fast.model.transformer import CogVideoXTransformer
-from cogx_fast.weights.checkpoint import (
-    Finish,
-    Model,
-    by_part,
-    check_dtype,
-    check_tensors,
-    check_values,
-    finite,
-    in_dtypes,
-    put,
-    target_dtype,
-)
+from cogx_fast.weights.checks import check_dtype, check_values, finite
 from cogx_fast.weights.errors import CheckpointError, some
 from cogx_fast.weights.foreign import bare_names, refuse_kinds, unwrapping
 from cogx_fast.weights.headers import NAMES
 from cogx_fast.weights.layout import Slot, by_our_name, our_shape, slots
-from cogx_fast.weights.quantized import Found, check_alike, is_quantized, note_recipe, recipe_text, taken
+from cogx_fast.weights.quantized import Found, check_alike, is_quantized, recipe_text, taken
+
+_GIVEN_UP = "_cogx_fast_gave_its_weights"
 
 
-def adopt(
-    source: nn.Module,
-    build: Callable[[TransformerConfig], Model],
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device | None,
-    check_finite: bool = False,
-    prepare: Callable[[Model], Finish] | None = None,
-    check: Callable[[nn.Module, TransformerConfig], None] | None = None,
-) -> Model:
-    """Build a model on the weights of a diffusers ``CogVideoXTransformer3DModel``, or of one of our own.
+class LiveStore:
+    """The weights of a diffusers ``CogVideoXTransformer3DModel``, or of one of our own (``assemble.Store``).
 
     Where dtype and device stay, both models share their memory afterwards: tensors that are the same in both are the
     same storage, and where ours is one tensor for several of diffusers' it is made once and the source's parameters
@@ -51,57 +34,99 @@ def adopt(
 
     Args:
         source: the model.
-        build: makes the model of a configuration; called under the meta device.
-        dtype: dtype of all weights, or None to keep each.
-        device: where the weights go, or None to leave them where they are.
-        check_finite: look for infinities and NaN.
-        prepare: as for ``checkpoint.load_checkpoint``; the source keeps its own weights whatever is replaced.
-        check: looks at what is on the source beside its weights, and raises.
+        check_attached: looks at what is on the source beside its weights, and raises.
+        keep: the source keeps its weights whatever a transform replaces; else each is given up as soon as the new one
+            is there, and the source cannot be used any more.
 
     Raises:
         CheckpointError: another kind of model, or one whose weights cannot be taken; the message says what to do.
     """
-    given, source = source, getattr(source, "_orig_mod", source)  # inside torch.compile's wrapper
-    config = model_config(source)
-    origin = f"the given {type(source).__name__}"
-    ours = isinstance(source, CogVideoXTransformer)
-    tensors = plain_tensors(source, origin)
-    found = _found(tensors, config, origin) if ours else {name: _kind(tensor) for name, tensor in tensors.items()}
-    layout = check_tensors(found, config, origin)
-    device = device or _one_device(tensors.values(), origin)
-    groups = by_our_name(layout)
-    dtypes = {
-        name: target_dtype(name, [found[slot.name][1] for slot in group], dtype) for name, group in groups.items()
-    }
-    parts = {
-        name: [tensors[name]] if ours else [tensors[slot.name] for slot in group] for name, group in groups.items()
-    }
-    _check_quantized(parts, dtype, origin)
-    if check is not None:
-        check(given, config)
-    if check_finite:
-        check_values(source, layout, origin) if ours else _check_upstream_values(tensors, layout, origin)
-    with torch.device("meta"):
-        model = build(config)
-    finish = None if prepare is None else prepare(in_dtypes(model, dtypes))
-    if any(is_quantized(several[0]) for several in parts.values()):  # already: whether as it is asked for
-        finish = None
-        note_recipe(model, recipe_text(source), origin, asked=prepare is not None)
 
-    def take(name: str, group: list[Slot]) -> None:
-        if is_quantized(parts[name][0]):
-            tensor = taken(name, parts[name], device)
-        else:
-            tensor = _take(parts[name], group, our_shape(config, group), dtypes[name], device)
-        put(model, name, tensor, requires_grad=any(part.requires_grad for part in parts[name]))
+    def __init__(
+        self,
+        source: nn.Module,
+        *,
+        check_attached: Callable[[nn.Module, TransformerConfig], None] | None = None,
+        keep: bool = True,
+    ) -> None:
+        self._given, self._source = source, getattr(source, "_orig_mod", source)  # inside torch.compile's wrapper
+        self._check_attached, self._keep = check_attached, keep
+        self.config = model_config(self._source)
+        self.origin = f"the given {type(self._source).__name__}"
+        if getattr(self._source, _GIVEN_UP, False):
+            raise CheckpointError(
+                f"{self.origin} gave its weights up to the model that was made of it: use that one, or load it anew"
+            )
+        self._ours = isinstance(self._source, CogVideoXTransformer)
+        self._tensors = plain_tensors(self._source, self.origin)
+        self.found: Found = (
+            _found(self._tensors, self.config, self.origin)
+            if self._ours
+            else {name: _kind(tensor) for name, tensor in self._tensors.items()}
+        )
+        self.recipe = recipe_text(self._source)
 
-    for part, names in by_part(groups).items():
+    @functools.cached_property
+    def _parts(self) -> dict[str, list[Tensor]]:
+        """What each of our tensors is made of."""
+        groups = by_our_name(slots(self.config))
+        if self._ours:
+            return {name: [self._tensors[name]] for name in groups}
+        return {name: [self._tensors[slot.name] for slot in group] for name, group in groups.items()}
+
+    @property
+    def quantized(self) -> dict[str, torch.dtype]:
+        """As ``Store`` says."""
+        return {name: parts[0].dtype for name, parts in self._parts.items() if is_quantized(parts[0])}
+
+    @property
+    def device(self) -> torch.device:
+        """The one device that all its weights are on.
+
+        Raises:
+            CheckpointError: they are on several.
+        """
+        return _one_device(self._tensors.values(), self.origin)
+
+    def check(self, layout: Mapping[str, Slot], dtype: torch.dtype | None, *, finite: bool) -> None:
+        """See that the weights can be taken, and that nothing else on the source would be lost.
+
+        Raises:
+            CheckpointError, AttachedError: (ValueErrors) what stands in the way.
+        """
+        _check_quantized(self._parts, dtype, self.origin)
+        if self._check_attached is not None:
+            self._check_attached(self._given, self.config)
+        if finite and self._ours:
+            check_values(self._source, layout, self.origin)
+        elif finite:
+            _check_upstream_values(self._tensors, layout, self.origin)
+
+    def read(
+        self, names: Mapping[str, list[Slot]], dtypes: Mapping[str, torch.dtype], device: torch.device, *, stay: bool
+    ) -> dict[str, tuple[Tensor, bool]]:
+        """Our tensors: shared where they can be."""
+        found = {}
+        for name, group in names.items():
+            parts = self._parts[name]
+            if is_quantized(parts[0]):
+                tensor = taken(name, parts, device)
+            else:
+                tensor = _take(parts, group, our_shape(self.config, group), dtypes[name], device)
+            found[name] = tensor, any(part.requires_grad for part in parts)
+        return found
+
+    def check_read(self, model: nn.Module, names: Mapping[str, list[Slot]]) -> None:
+        """Nothing is left to check."""
+
+    def give_up(self, names: Iterable[str]) -> None:
+        """Empty the source's tensors of these names of ours, unless it is to keep them."""
+        if self._keep:
+            return
         for name in names:
-            take(name, groups[name])
-        if finish is not None:
-            finish(model.get_submodule(part), part)
-    return_freed_memory()
-    return model
+            setattr(self._source, _GIVEN_UP, True)
+            for part in self._parts[name]:
+                part.data = part.data.new_empty(0)
 
 
 def model_config(source: nn.Module) -> TransformerConfig:
@@ -227,6 +252,14 @@ def _one_device(tensors: Any, origin: str) -> torch.device:
     return devices.pop()
 
 
+def return_freed_memory() -> None:
+    """Have glibc give back to the system what freed tensors held; it keeps smaller blocks otherwise."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 @torch.no_grad()
 def _take(
     parts: list[Tensor], group: list[Slot], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -244,18 +277,10 @@ def _take(
     return tensor
 
 
-def return_freed_memory() -> None:
-    """Have glibc give back to the system what freed tensors held; it keeps smaller blocks otherwise."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-
-
 def _check_upstream_values(tensors: Mapping[str, Tensor], layout: Mapping[str, Slot], origin: str) -> None:
     bad = [name for name in layout if not finite(tensors[name])]
     if bad:
         raise CheckpointError(f"{origin}: {len(bad)} tensors hold infinite or NaN weights: {some(bad)}")
 
 
-__all__ = ["adopt", "check_ours", "model_config", "plain_tensors", "return_freed_memory"]
+__all__ = ["LiveStore", "check_ours", "model_config", "plain_tensors", "return_freed_memory"]

@@ -20,11 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cogx_fast.config import TransformerConfig
-from cogx_fast.weights.checkpoint import put
 from cogx_fast.weights.errors import CheckpointError, some
 from cogx_fast.weights.layout import Slot, slots
 
@@ -83,75 +81,44 @@ class Delta:
     scale: float
 
 
-class Merge:
-    """Merges LoRA files into a model's weights, part by part.
+Deltas = dict[str, list[Delta]]
+"""What is added to each of diffusers' weights, by its name, in the order in which it is."""
+
+
+def read_loras(loras: Sequence[LoraLike], config: TransformerConfig) -> Deltas:
+    """Read LoRA files and check them against a configuration.
 
     Args:
-        loras: files, with their weights; none of them is read yet.
+        loras: each a path, ``(path, weight)`` or a ``Lora``.
+        config: of the model that they are for.
 
     Raises:
-        LoraError: (a ValueError) something among them is no LoRA.
+        LoraError: (a ValueError) one is damaged, or for another model, or holds what cannot be merged.
+        FileNotFoundError: it is not there.
     """
+    linears = linear_slots(config)
+    found: Deltas = {}
+    for lora in as_loras(loras):
+        for name, delta in _read(lora, linears).items():
+            found.setdefault(f"{name}.weight", []).append(delta)
+    return found
 
-    def __init__(self, loras: Sequence[LoraLike]) -> None:
-        if isinstance(loras, str | os.PathLike):
-            raise LoraError(f"loras is {loras!r}, expected a list: loras=[{loras!r}]")
-        self.loras = [as_lora(each) for each in loras]
-        self._slots: dict[str, Slot] = {}
-        self._deltas: dict[str, list[Delta]] = {}
-        self._merged: set[str] = set()
 
-    def read(self, config: TransformerConfig) -> None:
-        """Read the files and check them against a configuration.
+def linear_slots(config: TransformerConfig) -> dict[str, Slot]:
+    """The weights that LoRAs can be for, by diffusers' name of the module."""
+    names = ((name, slot) for name, slot in slots(config).items() if name.endswith(".weight") and len(slot.shape) > 1)
+    return {name.removesuffix(".weight"): slot for name, slot in names}
 
-        Raises:
-            LoraError: (a ValueError) one is damaged, or for another model, or holds what cannot be merged.
-            FileNotFoundError: it is not there.
-        """
-        self._slots = slots(config)
-        names = (name for name, slot in self._slots.items() if name.endswith(".weight") and len(slot.shape) > 1)
-        linears = {name.removesuffix(".weight"): self._slots[name] for name in names}
-        for lora in self.loras:
-            for name, delta in _read(lora, linears).items():
-                self._deltas.setdefault(f"{name}.weight", []).append(delta)
 
-    def check_done(self) -> None:
-        """See that all that was read has been merged.
+def as_loras(loras: Sequence[LoraLike]) -> list[Lora]:
+    """What ``loras=`` is given, as a list of ``Lora``.
 
-        Raises:
-            LoraError: (a ValueError) it was not, since the weights were quantized already.
-        """
-        left = sorted(self._deltas.keys() - self._merged)
-        if left:
-            raise LoraError(
-                f"LoRAs cannot be merged into weights that are quantized already ({some(left, 2)}): give the original "
-                "weights, loras=... and quant=... together"
-            )
-
-    def finish(self, part: nn.Module, name: str) -> None:
-        """Merge into a part of the model whose weights are there (``checkpoint.Finish``); they are replaced.
-
-        Sums are in fp32, and rounded once.
-        """
-        mine = [self._slots[each] for each in self._deltas if self._slots[each].our_name.startswith(f"{name}.")]
-        for our_name in dict.fromkeys(slot.our_name for slot in mine):
-            inside = our_name.removeprefix(f"{name}.")
-            path, _, leaf = inside.rpartition(".")
-            old: Any = part.get_submodule(path)._parameters[leaf]
-            merged = old.detach().clone()
-            for slot in mine:
-                if slot.our_name == our_name:
-                    self._add(slot, slot.view(merged))
-                    self._merged.add(slot.name)
-            put(part, inside, merged, requires_grad=old.requires_grad)
-
-    @torch.no_grad()
-    def _add(self, slot: Slot, weight: Tensor) -> None:
-        total = weight.float().flatten(1)
-        for delta in self._deltas[slot.name]:
-            up, down = (half.to(weight.device, torch.float32) for half in (delta.up, delta.down))
-            total += delta.scale * (up @ down)
-        weight.copy_(total.view(weight.shape))
+    Raises:
+        LoraError: something in it is none.
+    """
+    if isinstance(loras, str | os.PathLike):
+        raise LoraError(f"loras is {loras!r}, expected a list: loras=[{loras!r}]")
+    return [as_lora(each) for each in loras]
 
 
 def as_lora(value: LoraLike) -> Lora:
@@ -186,15 +153,37 @@ def _read(lora: Lora, linears: Mapping[str, Slot]) -> dict[str, Delta]:
             f"{path}: cannot be read as a .safetensors file ({error}): download it again; pickled ones (.bin, .pt) are "
             "not read, since reading them can run any code"
         ) from None
-    pairs, is_sat = _pairs(tensors, linears, path)
+    return deltas_of(tensors, linears, str(path), alphas=alphas_in(metadata, str(path)), lora=lora)
+
+
+def deltas_of(
+    tensors: Mapping[str, Tensor],
+    linears: Mapping[str, Slot],
+    origin: str,
+    *,
+    alphas: Callable[[str], float | None],
+    lora: Lora,
+) -> dict[str, Delta]:
+    """What the tensors of a LoRA add to each linear.
+
+    Args:
+        tensors: both halves, and alphas, under any of the writers' names.
+        linears: ``linear_slots`` of the model.
+        origin: what they are called in messages.
+        alphas: what is known of a linear's alpha beside them.
+        lora: its weight, and an alpha that goes before all others.
+
+    Raises:
+        LoraError: something in it finds no place, or cannot be merged.
+    """
+    pairs, is_sat = _pairs(tensors, linears, origin)
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        raise LoraError(f"{path}: infinite or NaN values in {some(bad)}: download it again")
-    alphas = _alphas(metadata, path)
+        raise LoraError(f"{origin}: infinite or NaN values in {some(bad)}: download it again")
     found: dict[str, Delta] = {}
     assumed: set[int] = set()
     for name, pair in pairs.items():
-        down, up = _halves(name, pair, linears[name], path)
+        down, up = _halves(name, pair, linears[name], origin)
         rank = down.shape[0]
         alpha = lora.alpha if lora.alpha is not None else pair.alpha
         if alpha is None:
@@ -206,14 +195,14 @@ def _read(lora: Lora, linears: Mapping[str, Slot]) -> dict[str, Delta]:
     if assumed:
         ranks = ", ".join(map(str, sorted(assumed)))
         warnings.warn(
-            f"{path}: says no alpha; it is taken to be the rank ({ranks}), as diffusers takes it. Trainers that use "
+            f"{origin}: says no alpha; it is taken to be the rank ({ranks}), as diffusers takes it. Trainers that use "
             "another (CogKit and zai-org's: 64 at rank 128) need cogx_fast.Lora(path, weight, alpha=64)",
             stacklevel=2,
         )
     return found
 
 
-def _pairs(tensors: Mapping[str, Tensor], linears: Mapping[str, Slot], path: Path) -> tuple[dict[str, _Pair], bool]:
+def _pairs(tensors: Mapping[str, Tensor], linears: Mapping[str, Slot], path: str) -> tuple[dict[str, _Pair], bool]:
     """Both halves of each linear by diffusers' name, and whether they are in the original code's layout."""
     for pattern, what in _NOT_CARRIED_OUT:
         named = [name for name in tensors if pattern.search(name)]
@@ -272,7 +261,7 @@ def _place(name: str, linears: Mapping[str, Slot], by_flat_name: Mapping[str, st
     return (module, half) if module in linears else None
 
 
-def _halves(name: str, pair: _Pair, slot: Slot, path: Path) -> tuple[Tensor, Tensor]:
+def _halves(name: str, pair: _Pair, slot: Slot, path: str) -> tuple[Tensor, Tensor]:
     if pair.down is None or pair.up is None:
         which = "down (A)" if pair.down is None else "up (B)"
         raise LoraError(f"{path}: {name} has no {which} half: the file is not whole, download it again")
@@ -289,7 +278,7 @@ def _halves(name: str, pair: _Pair, slot: Slot, path: Path) -> tuple[Tensor, Ten
     return pair.down, pair.up
 
 
-def _alphas(metadata: Mapping[str, str], path: Path) -> Callable[[str], float | None]:
+def alphas_in(metadata: Mapping[str, str], path: str) -> Callable[[str], float | None]:
     """A linear's alpha by what the file's metadata says: PEFT's configuration, by diffusers or by finetrainers."""
     texts = [metadata[key] for key in ("lora_adapter_metadata", "lora_config") if key in metadata]
     if not texts:
@@ -319,4 +308,7 @@ def _alphas(metadata: Mapping[str, str], path: Path) -> Callable[[str], float | 
     return alpha_of
 
 
-__all__ = ["Lora", "LoraError", "LoraLike", "Merge", "as_lora"]
+__all__ = [
+    "Delta", "Deltas", "Lora", "LoraError", "LoraLike", "alphas_in", "as_lora", "as_loras", "deltas_of", "linear_slots",
+    "read_loras",
+]  # fmt: skip

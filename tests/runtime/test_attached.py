@@ -258,12 +258,3 @@ def test_an_adapter_put_by_hand_is_refused_at_the_next_call() -> None:
     layer[0] = LoraLinear(layer[0], "mine", config=LoraConfig(r=2), r=2)
     with pytest.raises(AttachedError, match=r"an adapter .*to_out\.0"):
         run(model)
-
-
-@pytest.mark.parametrize(
-    "method",
-    ["add_adapter", "set_adapters", "fuse_lora", "unfuse_lora", "enable_lora", "disable_lora", "delete_adapters"],
-)
-def test_methods_of_adapters_are_refused(method: str) -> None:
-    with pytest.raises(AttachedError, match="fuse_lora"):
-        getattr(build(), method)("style")

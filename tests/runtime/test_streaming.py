@@ -21,7 +21,7 @@ from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.runner import Runner, Slots, compute_all
 from cogx_fast.runtime.streaming import InOrder, OffloadError, StreamedBlocks, stream_blocks
 from tests.pipes import FRAMES, HEIGHT, WIDTH, make_pipe
-from tests.support import RELEASED, inputs, small
+from tests.support import RELEASED, inputs, relative_error, small
 
 LAYERS = 5
 CPU = torch.device("cpu")
@@ -261,6 +261,19 @@ def test_what_is_changed_in_the_weights_holds_from_the_next_step_on() -> None:
         changed.load_state_dict({name: tensor * 1.1 for name, tensor in other.items()}, assign=True)
         changed.transformer_blocks[0].ff.net[2].bias.data.mul_(2)  # which no version counter sees
     assert torch.equal(run(model), run(resident))
+
+
+def test_loras_are_exchanged_in_place(checkpoint: Any, tmp_path: Any) -> None:
+    config = small("5b", num_layers=LAYERS, num_attention_heads=4)
+    lora = cogx_fast.Lora(adapter(tmp_path, config), alpha=4)
+    for recipe in (None, "int8-weight-only"):
+        resident = cogx_fast.load(checkpoint, quant=recipe)
+        streamed = cogx_fast.load(checkpoint, quant=recipe, offload="blocks", schedule=True)
+        for loras in ([lora], [], [lora]):
+            for model in (resident, streamed):
+                model.set_loras(loras)
+            streamed.to("cpu")
+            assert relative_error(run(streamed), run(resident)) <= 2**-7
 
 
 def test_a_block_is_one_run_of_bytes_and_its_weights_are_views_of_them() -> None:
