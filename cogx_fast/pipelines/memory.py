@@ -13,8 +13,11 @@ from cogx_fast.sizes import Tokens, VideoSize
 OFFLOADS = ("none", "model", "sequential")
 """Everything on the GPU; each part while it computes; each layer while it computes (diffusers' own)."""
 
-_STEP_STREAMS = 18
-"""Copies of the token stream that a guided step holds at its peak, eager (5b 17.2, 1.5-5b 17.1, 2b 12.7)."""
+_STEP_STREAMS = 12
+"""Copies of the token stream that a step holds at its peak, by torch's allocator: eager 11.2 (2b 10.0), compiled less,
+diffusers' 11.9. ``tests/cuda_standin`` holds these figures."""
+_QUANTIZING_STREAMS = 35
+"""The same where activations are quantized eagerly, by passes over memory: fp8 34.0, int8 24.0."""
 _DECODE_VALUES = 22_950
 """Values that decoding holds at its peak for each pixel of a frame, by torch's allocator: 14.75 GiB in bf16 at
 480 × 720, 44.55 GiB at 768 × 1360, whatever the number of frames; for a VAE of this many channels at full size, which
@@ -60,8 +63,6 @@ def estimate(pipe: Any, tokens: Tokens, size: VideoSize, *, batch: int = 2) -> N
         batch: videos in a step; guidance makes two of one.
     """
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    transformer = pipe.transformer
-    stream = batch * tokens.joint * transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
     vae = pipe.vae
     relative = vae.dtype.itemsize * vae.config.block_out_channels[0] / _CHANNELS
 
@@ -72,10 +73,30 @@ def estimate(pipe: Any, tokens: Tokens, size: VideoSize, *, batch: int = 2) -> N
     video = 4 * size.frames * size.height * size.width * vae.dtype.itemsize  # three colours, and what joins tiles
     return Needs(
         weights={name: _bytes(part) for name, part in parts.items()},
-        step=_STEP_STREAMS * stream * transformer.dtype.itemsize,
+        step=step_bytes(pipe.transformer, tokens, batch=batch),
         decode=decode(size.height * size.width),
         tiled_decode=min(decode(size.height * size.width), decode(tile) + video),
     )
+
+
+def step_bytes(transformer: Any, tokens: Tokens, *, batch: int = 2) -> int:
+    """What a denoising step needs beside the weights.
+
+    Args:
+        transformer: ours, or diffusers'.
+        tokens: of one video.
+        batch: videos in the step.
+    """
+    from cogx_fast.runtime.module import CogVideoXModel
+    from cogx_fast.runtime.symbols import quantizes_activations
+
+    streams = _STEP_STREAMS
+    if isinstance(transformer, CogVideoXModel) and quantizes_activations(transformer):
+        is_eager = transformer.runner.compilation is None and transformer.runner.package is None
+        streams = _QUANTIZING_STREAMS if is_eager else _STEP_STREAMS
+    config = transformer.config
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return int(streams * batch * tokens.joint * width * transformer.dtype.itemsize)
 
 
 def choose(needs: Needs, free: int, *, kind: str | None = None, vae_tiling: bool | None = None) -> Offload:
@@ -182,4 +203,4 @@ def _gib(size: int) -> str:
     return f"{size / _GIB:.1f} GiB"
 
 
-__all__ = ["OFFLOADS", "Needs", "Offload", "choose", "estimate", "place"]
+__all__ = ["OFFLOADS", "Needs", "Offload", "choose", "estimate", "place", "step_bytes"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
 
 from cogx_fast.config import PRESETS
 from cogx_fast.measure.costs import memory
-from cogx_fast.pipelines.memory import Needs, choose
+from cogx_fast.pipelines.memory import Needs, choose, step_bytes
+from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.sizes import count_tokens, default_video
 
 GIB = 1 << 30
@@ -18,11 +22,13 @@ DECODE, TILED = {"2b": 14.75, "5b": 14.75, "1.5-5b": 44.55}, {"2b": 3.77, "5b": 
 
 def needs(preset: str) -> Needs:
     config = PRESETS[preset]
-    stream = 2 * count_tokens(config, default_video(config)).joint * config.inner_dim * 2
+    with torch.device("meta"):
+        model = CogVideoXModel(dataclasses.replace(config, num_layers=1)).to(torch.bfloat16)
+    step = step_bytes(model, count_tokens(config, default_video(config)))
     transformer = memory(config)["bf16/fp16"]
     weights = {"text_encoder": round(TEXT_ENCODER * GIB), "transformer": transformer, "vae": round(VAE * GIB)}
     return Needs(
-        weights=weights, step=18 * stream, decode=round(DECODE[preset] * GIB), tiled_decode=round(TILED[preset] * GIB)
+        weights=weights, step=step, decode=round(DECODE[preset] * GIB), tiled_decode=round(TILED[preset] * GIB)
     )
 
 
