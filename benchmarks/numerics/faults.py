@@ -99,7 +99,7 @@ FAULTS: dict[str, Fault] = {
         _fault("fp8 scale", "5b/fp8-dynamic/bf16", r"0\.002232142857142857", "0.002"),
         _fault("fp8 clamp", "5b/fp8-dynamic/bf16", r"([^-])448\.0", r"\g<1>240.0"),
         _fault("fp8 tensor's clamp", "5b/fp8-dynamic-tensor/bf16", r"([^-])448\.0", r"\g<1>240.0"),
-        _fault("weight's scale left out", "5b/int8-weight-only/fp32", r"tmp5 \* tmp6\n", "tmp5\n"),
+        _fault("weight's scale left out", "5b/int8-weight-only/fp32", r"(tmp6 = tmp4) \* tmp5\n", r"\1\n"),
     )
 }  # fmt: skip
 """By name."""

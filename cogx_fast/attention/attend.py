@@ -47,7 +47,8 @@ class RotaryNorm(nn.LayerNorm):
     Written out over the row and the row with each pair exchanged, which have the same mean and variance: so each output
     channel is a function of one row, and norm and rotation compile to one kernel, for queries and keys together
     (``layer_norm`` and a rotation after it compile to two). Not compiled, every operation is a pass over memory, and
-    ``layer_norm`` and a rotation take less time. Computed in fp32, rounded once, both.
+    ``layer_norm`` and a rotation take less time. Computed in fp32, rounded once, both; but for a derivative that is not
+    compiled rounded after the norm as well, as upstream does: autograd keeps what a norm is given, and no fp32 copy.
     """
 
     def forward(self, x_BSNK: Tensor, rotary: Rotary | None) -> Tensor:  # type: ignore[override]  # it takes angles too
@@ -57,7 +58,10 @@ class RotaryNorm(nn.LayerNorm):
         cos_S1K, sin_S1K = (table.unsqueeze(1) for table in rotary)
         weight_K, bias_K = self.weight.float(), self.bias.float()
         if not torch.compiler.is_compiling():
-            normed = F.layer_norm(x_BSNK.float(), self.normalized_shape, weight_K, bias_K, self.eps)
+            if x_BSNK.requires_grad and torch.is_grad_enabled():
+                normed = super().forward(x_BSNK).float()
+            else:
+                normed = F.layer_norm(x_BSNK.float(), self.normalized_shape, weight_K, bias_K, self.eps)
             return _turn_pairs(normed, cos_S1K, sin_S1K).to(x_BSNK.dtype)
         variance, mean = torch.var_mean(x_BSNK.float(), -1, correction=0, keepdim=True)
         inverse_std = torch.rsqrt(variance + self.eps)

@@ -7,6 +7,8 @@ D model width, L layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -125,29 +127,36 @@ class Modulation(Part):
 
 
 class Modulate(NamedTuple):
-    """Per-token shift, one plus scale, and gate of one half of a block, each ``(B, S, D)``."""
+    """Shift, one plus scale, and gate of one half of a block: ``(B, S, D)`` per token, ``(B, 1, D)`` for all alike."""
 
     shift: Tensor
     scale_plus_1: Tensor
     gate: Tensor
 
     @classmethod
-    def select(cls, mod_B6D: Tensor, is_text_S1: Tensor) -> Modulate:
-        """Text tokens take the last three vectors, video tokens the first three.
+    def of_kinds(cls, mod_B6D: Tensor) -> tuple[Modulate, Modulate]:
+        """For text tokens the last three vectors, for video tokens the first three."""
+        shift, scale, gate, text_shift, text_scale, text_gate = mod_B6D.unsqueeze(2).unbind(1)
+        return cls(text_shift, 1 + text_scale, text_gate), cls(shift, 1 + scale, gate)
 
-        Not compiled, rows are copied, on the CPU in a fifth of the time of ``torch.where``; but summing many gradients
-        into two rows is slow, so training keeps that.
-        """
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    @classmethod
+    def select(cls, mod_B6D: Tensor, is_text_S1: Tensor) -> Modulate:
+        """Per token. Not compiled, rows are copied, on the CPU in a fifth of the time of ``torch.where``."""
+        if not torch.compiler.is_compiling():
             which_S = is_text_S1[:, 0].int()
             shift_B2D, scale_B2D, gate_B2D = mod_B6D.unflatten(1, (2, 3)).unbind(2)
             return cls(*(vectors.index_select(1, which_S) for vectors in (shift_B2D, 1 + scale_B2D, gate_B2D)))
-        shift, scale, gate, text_shift, text_scale, text_gate = mod_B6D.unsqueeze(2).unbind(1)
-        return cls(
-            torch.where(is_text_S1, text_shift, shift),
-            torch.where(is_text_S1, 1 + text_scale, 1 + scale),
-            torch.where(is_text_S1, text_gate, gate),
-        )
+        text, video = cls.of_kinds(mod_B6D)
+        return cls(*(torch.where(is_text_S1, *vectors) for vectors in zip(text, video, strict=True)))
+
+    def of_normed(self, normed_BSD: Tensor) -> Tensor:
+        """Scaled and shifted."""
+        return torch.addcmul(self.shift, normed_BSD, self.scale_plus_1)
+
+
+def add_gated(gate: Tensor, x_BSD: Tensor, out_BSD: Tensor) -> Tensor:
+    """``x + gate · out``."""
+    return torch.addcmul(x_BSD, gate, out_BSD)
 
 
 class ModulatedNorm(Part):
@@ -157,10 +166,25 @@ class ModulatedNorm(Part):
         super().__init__()
         self.norm = _layer_norm(config)
 
-    def forward(self, x_BSD: Tensor, mod_B6D: Tensor, is_text_S1: Tensor) -> tuple[Tensor, Tensor]:
-        """The normed stream, and ``gate_BSD`` for what is computed from it; shift and scale do not outlive the norm."""
+    def forward(
+        self, x_BSD: Tensor, mod_B6D: Tensor, is_text_S1: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """The normed stream, and what adds to the stream what is computed from it, gated (``add_gated``).
+
+        Shift and scale do not outlive the norm. Where gradients are taken and nothing is compiled, results are selected
+        and not the vectors: autograd would keep one for each token of those, each of them as large as the stream.
+        """
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            text, video = Modulate.of_kinds(mod_B6D)
+            normed_BSD = self.norm(x_BSD)
+            return (
+                torch.where(is_text_S1, text.of_normed(normed_BSD), video.of_normed(normed_BSD)),
+                lambda x_BSD, out_BSD: torch.where(
+                    is_text_S1, add_gated(text.gate, x_BSD, out_BSD), add_gated(video.gate, x_BSD, out_BSD)
+                ),
+            )
         modulate = Modulate.select(mod_B6D, is_text_S1)
-        return torch.addcmul(modulate.shift, self.norm(x_BSD), modulate.scale_plus_1), modulate.gate
+        return modulate.of_normed(self.norm(x_BSD)), partial(add_gated, modulate.gate)
 
 
 class FeedForward(Part):

@@ -132,10 +132,10 @@ class Block(Part):
         self, x_BSD: Tensor, mod_B12D: Tensor, is_text_S1: Tensor, rotary: Rotary | None, mask: Mask | LayerBlocks
     ) -> Tensor:
         """As ``forward``, without what is attached to the block."""
-        normed_BSD, gate_BSD = self.norm1(x_BSD, mod_B12D[:, :6], is_text_S1)
-        x_BSD = torch.addcmul(x_BSD, gate_BSD, self.attn1(normed_BSD, rotary, mask))
-        normed_BSD, gate_BSD = self.norm2(x_BSD, mod_B12D[:, 6:], is_text_S1)
-        return torch.addcmul(x_BSD, gate_BSD, self.ff(normed_BSD))
+        normed_BSD, add_gated = self.norm1(x_BSD, mod_B12D[:, :6], is_text_S1)
+        x_BSD = add_gated(x_BSD, self.attn1(normed_BSD, rotary, mask))
+        normed_BSD, add_gated = self.norm2(x_BSD, mod_B12D[:, 6:], is_text_S1)
+        return add_gated(x_BSD, self.ff(normed_BSD))
 
 
 class Conditioning(NamedTuple):

@@ -14,6 +14,7 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.pipelines.peaks import decode_peak, step_peak
 from cogx_fast.runtime.streaming import SLOTS, stream_blocks
+from cogx_fast.runtime.symbols import quantizes_activations
 from cogx_fast.sizes import Tokens, VideoSize, count_tokens, default_video
 
 OFFLOADS = ("none", "model", "blocks", "sequential")
@@ -22,6 +23,9 @@ baked; each layer while it computes (diffusers' own)."""
 
 _STEPS = 50
 """Timesteps of the baked schedule that is reckoned with."""
+_QUANTIZING_STREAMS = 35
+"""Copies of the token stream that a step holds where activations are quantized eagerly, pass by pass, by torch's
+allocator: fp8 34.0, int8 24.0. ``tests/cuda_standin`` holds these figures."""
 SPARE = 1 << 30
 """What is left to CUDA's context, libraries' workspaces and the allocator's gaps."""
 _GIB = 1 << 30
@@ -65,11 +69,6 @@ def estimate(pipe: Any, tokens: Tokens, size: VideoSize, *, batch: int = 2) -> N
     """
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     transformer, vae = pipe.transformer, pipe.vae
-    build = None
-    if not isinstance(transformer, CogVideoXTransformer):
-        build = type(transformer).from_config
-    config = TransformerConfig(**{name: transformer.config[name] for name in TransformerConfig.__dataclass_fields__})
-    weights = {name: _bytes(part) for name, part in parts.items()}
 
     def decode(height: int, width: int) -> int:
         return decode_peak(vae.config, height, width, dtype=vae.dtype)
@@ -78,9 +77,9 @@ def estimate(pipe: Any, tokens: Tokens, size: VideoSize, *, batch: int = 2) -> N
     tile = decode(min(size.height, vae.tile_sample_min_height), min(size.width, vae.tile_sample_min_width))
     video = 4 * size.frames * size.height * size.width * vae.dtype.itemsize  # three colours, and what joins tiles
     return Needs(
-        weights=weights,
-        streamed=_streamed_bytes(transformer) if build is None else None,
-        step=step_peak(config, tokens, batch=batch, dtype=transformer.dtype, build=build),
+        weights={name: _bytes(part) for name, part in parts.items()},
+        streamed=_streamed_bytes(transformer) if isinstance(transformer, CogVideoXTransformer) else None,
+        step=step_bytes(transformer, tokens, batch=batch),
         decode=whole,
         tiled_decode=min(whole, tile + video),
     )
@@ -115,6 +114,27 @@ def released(config: TransformerConfig) -> Any:
         }
     parts = {name: torch.nn.Module.to(part, torch.bfloat16) for name, part in made.items()}
     return SimpleNamespace(components=parts, **parts)
+
+
+def step_bytes(transformer: Any, tokens: Tokens, *, batch: int = 2) -> int:
+    """What a denoising step needs beside the weights, eager; compiled it is less.
+
+    Args:
+        transformer: ours, or diffusers'.
+        tokens: of one video.
+        batch: videos in the step.
+    """
+    is_ours = isinstance(transformer, CogVideoXTransformer)
+    config = TransformerConfig(**{name: transformer.config[name] for name in TransformerConfig.__dataclass_fields__})
+    build = None if is_ours else type(transformer).from_config
+    needed = step_peak(config, tokens, batch=batch, dtype=transformer.dtype, build=build)
+    if not any(hasattr(each, "__tensor_flatten__") for each in transformer.parameters()):
+        return needed
+    is_eager = is_ours and transformer.runner.compilation is None and transformer.runner.package is None
+    if is_eager and quantizes_activations(transformer):
+        return int(_QUANTIZING_STREAMS * batch * tokens.joint * config.inner_dim * transformer.dtype.itemsize)
+    largest = max(each.weight.numel() for each in _linears(transformer.transformer_blocks))
+    return needed + 2 * largest * transformer.dtype.itemsize  # one is brought back to 16 bits before its product
 
 
 def choose(needs: Needs, free: int, *, kind: str | None = None, vae_tiling: bool | None = None) -> Offload:
@@ -323,5 +343,5 @@ def _gib(size: int) -> str:
 
 __all__ = [
     "OFFLOADS", "SPARE", "BudgetError", "Needs", "Offload", "choose", "choose_within", "estimate", "fit", "phases",
-    "place", "read_memory", "released",
+    "place", "read_memory", "released", "step_bytes",
 ]  # fmt: skip

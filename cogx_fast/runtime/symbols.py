@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cogx_fast.attention.attend import Mask, Rotary
 from cogx_fast.attention.masks import LayerBlocks, SparseBlocks
+from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.runtime.runner import Inputs
 
 _BATCH_HINT = 2
@@ -82,7 +83,8 @@ class Symbols:
         """Whether a batch of one has a graph of its own, because of what cannot be done with an unbacked symbol.
 
         CUDA graphs are not recorded with one. Flex attention's derivative asks whether it is above 1. torch 2.11, which
-        cannot be told bounds, asks where activations are quantized, and compiles no derivative on CUDA.
+        cannot be told bounds, asks where activations are quantized, and compiles no derivative on CUDA; no version does
+        of the whole model.
         """
         from torch._dynamo.decorators import mark_unbacked
 
@@ -91,7 +93,8 @@ class Symbols:
             return True
         if self.quantizes_activations and not has_bounds:
             return True
-        asks = (is_on_cuda and not has_bounds) or any(
+        is_whole = isinstance(module, CogVideoXTransformer)
+        asks = (is_on_cuda and (is_whole or not has_bounds)) or any(
             getattr(each, "backend", None) in _FLEX for each in module.modules()
         )
         is_differentiated = any(tensor.requires_grad for tensor in (*tensors, *module.parameters()))

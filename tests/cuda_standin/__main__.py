@@ -21,6 +21,8 @@ DEVICES = 2
 CARDS = ("h100", "rtx4090", "a100", "rtx3060", "t4", "b200", "rtx4060")
 """Those with the most tests first."""
 
+_OPTIONS = ("-q", "--show-capture=no", "-o", "timeout=1800")
+"""A test compiles for a minute and more, and the machine may have other work."""
 _NO_TESTS = 5
 """pytest's exit status where -k leaves a card none."""
 
@@ -39,7 +41,16 @@ def run_card(card: str, folder: Path, arguments: list[str]) -> int:
             "TRITON_CACHE_DIR": f"{caches}/triton",
             "HF_HUB_OFFLINE": "1",
         }
-        command = [sys.executable, "-m", "pytest", "tests/cuda_standin", "-q", "--show-capture=no", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/cuda_standin",
+            "-q",
+            "--show-capture=no",
+            *_OPTIONS,
+            *arguments,
+        ]
         log = OUT / f"{card}.log"  # to look at while it runs
         with log.open("w") as output:
             done = subprocess.run(

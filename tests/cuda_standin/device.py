@@ -29,6 +29,8 @@ FAST = CompileConfig(mode="default")
 """Compiled without timing candidates, which is most of the time that compiling takes."""
 FEW_CANDIDATES = {"test_configs.max_mm_configs": 2}
 """Options of a mode that times: of what Triton would try, so many for each product. The library's stay."""
+IS_ONE_APART = torch.__version__ < "2.12"
+"""torch cannot be told that a batch is 1 or more: where activations are quantized, and in training, one is apart."""
 BLOCK_PRODUCTS = 4
 """Of a block: query, key and value; attention's output; the feed-forward's two."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from cogx_fast.config import FEED_FORWARD_ACTIVATIONS, TransformerConfig
 from cogx_fast.model.layers import (
     FeedForward,
-    Modulate,
     ModulatedNorm,
     Modulation,
     OutputNorm,
@@ -119,25 +119,36 @@ def test_modulated_norm_is_upstreams_norm_zero_on_a_joint_stream(affine: bool) -
             layer, half = divmod(index, 2)
             ours.load_state_dict({key: value for key, value in norm.state_dict().items() if key.startswith("norm.")})
             video, text, gate, text_gate = norm(x[:, text_len:], x[:, :text_len], emb)
-            normed, our_gate = ours(x, vectors[:, layer, 6 * half : 6 * half + 6], is_text)
+            normed, add_gated = ours(x, vectors[:, layer, 6 * half : 6 * half + 6], is_text)
             assert relative_error(normed, torch.cat([text, video], dim=1)) <= TOLERANCE
             gates = torch.cat([text_gate.expand(-1, text_len, -1), gate.expand(-1, 10 - text_len, -1)], dim=1)
-            assert relative_error(our_gate, gates) <= TOLERANCE
+            assert relative_error(add_gated(x, normed), x + gates * normed) <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_eager_selection_is_where_s(dtype: torch.dtype) -> None:
-    """Bit for bit, whether by rows (without gradients) or by ``torch.where``, which gradients pass through."""
-    vectors = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+def test_modulation_is_the_same_with_gradients_which_keep_no_vector_for_each_token(dtype: torch.dtype) -> None:
+    """Bit for bit, whether vectors are selected or results; autograd keeps the norm's input, its result and a value."""
+    generator = torch.Generator().manual_seed(0)
+    norm = ModulatedNorm(small("5b")).to(dtype)
+    width = small("5b").inner_dim
+    x, y, vectors = (torch.randn(2, n, width, generator=generator).to(dtype) for n in (10, 10, 6))
     is_text = torch.arange(10)[:, None] < 4
-    with torch.enable_grad():
-        reference = Modulate.select(vectors.clone().requires_grad_(), is_text)
     with torch.no_grad():
-        rows = Modulate.select(vectors, is_text)
-    assert [type(tensor.grad_fn).__name__ for tensor in reference] == 3 * ["WhereBackward0"]
-    for ours, theirs in zip(rows, reference, strict=True):
-        assert ours.shape == (2, 10, 8)
-        assert torch.equal(ours, theirs)
+        normed, add_gated = norm(x, vectors, is_text)
+        plain = normed, add_gated(x, y)
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    inputs = [each.clone().requires_grad_() for each in (x, vectors, y)]
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        normed, add_gated = norm(inputs[0], inputs[1], is_text)
+        assert torch.equal(normed, plain[0])
+        assert torch.equal(add_gated(inputs[0], inputs[2]), plain[1])
+    stream = x.numel() * x.element_size()
+    assert sum(storage.nbytes() for storage in kept.values() if storage.nbytes() >= stream) == 3 * stream
 
 
 def test_output_norm_is_upstreams() -> None:
