@@ -30,7 +30,7 @@ def accelerate(pipe: Pipeline, **options: Any) -> Pipeline:
         pipe: a ``CogVideoXPipeline``, ``…ImageToVideoPipeline``, ``…VideoToVideoPipeline`` or
             ``CogVideoXFunControlPipeline``; changed in place.
         **options: as for ``cogx_fast.load``: ``dtype``, ``device``, ``attention``, ``attention_plan``, ``step_cache``,
-            ``compile``, ``compile_cache``, ``quant``, ``loras``, ``keep_source``, ``check_finite``.
+            ``parallel``, ``compile``, ``compile_cache``, ``quant``, ``loras``, ``keep_source``, ``check_finite``.
 
     Returns:
         The same pipeline.

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cogx_fast.attention.exchange import Exchange
 from cogx_fast.attention.masks import SparseBlocks
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.attached import Attached, AttachedError, name_of, named, on_modules, patched_forward, refuse
@@ -177,8 +178,20 @@ class CompiledRunner(Runner):
         return [each for name, block in _blocks(model) for each in on_modules(block, name, itself=False)]
 
     def _prepare(self, model: CogVideoXTransformer) -> None:
-        def compiled(block: nn.Module, inside: list[Attached]) -> Piece:
-            return Piece(Block.compute, self._compile, self._symbols.mark_block, self._calls, inside)
+        def compiled(block: nn.Module, inside: list[Attached]) -> Callable[..., Tensor]:
+            pieces: dict[Any, Piece] = {}
+
+            def compute(*arguments: Any) -> Tensor:
+                """By the one graph for all sizes; with tokens on several ranks there are up to four."""
+                x_BSD, mask = arguments[1], arguments[-1]
+                key = mask.graph(x_BSD) if isinstance(mask, Exchange) else None
+                if key not in pieces:
+                    piece = Piece(Block.compute, self._compile, self._symbols.mark_block, self._calls, inside)
+                    pieces.setdefault(key, piece)
+                result: Tensor = pieces[key](*arguments)
+                return result
+
+            return compute
 
         self.slots = replace(self.slots, call_block=CallWith(self._by_kind(model, compiled)))
 
@@ -283,8 +296,8 @@ def refuse_untraceable(slots: Slots) -> None:
     """
     if names := slots.untraceable():
         raise ValueError(
-            f"{', '.join(names)} (a step cache, say) decides outside of compiled code, which a graph of the whole step "
-            "cannot: use CompileConfig(scope='block')"
+            f"{', '.join(names)} (a step cache, parallel) decides outside of compiled code, which a graph of the whole "
+            "step cannot: use CompileConfig(scope='block')"
         )
 
 

@@ -28,7 +28,10 @@ from cogx_fast.weights.lora import LoraLike, read_loras
 from cogx_fast.weights.merge import Merged
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from cogx_fast.measure.explain import Explanation
+    from cogx_fast.runtime.parallel import ParallelConfig
 
 _OF_THE_VIDEO = ("sample_height", "sample_width", "sample_frames", "max_text_seq_length")
 """Fields that pipelines read for their defaults and that no weight depends on, but for learned positions."""
@@ -376,6 +379,19 @@ class CogVideoXModel(CogVideoXTransformer):
         """
         reuse: Any = compute_all if value is None else StepCache(choose_strategy(value, self.config))
         self.runner.use(dataclasses.replace(self.runner.slots, reuse=reuse))
+
+    def set_parallel(self, parallel: ParallelConfig | DeviceMesh | None) -> None:
+        """Share each step with the other ranks of a job from the next call on, or not any more; called on all of them.
+
+        Args:
+            parallel: as ``load(parallel=…)``.
+
+        Raises:
+            ValueError: it does not fit the model, how it runs, or the number of ranks; or there is no job.
+        """
+        from cogx_fast.runtime.parallel import parallelize
+
+        parallelize(self, parallel)
 
     def save_pretrained(
         self,

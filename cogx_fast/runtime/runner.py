@@ -5,7 +5,7 @@
 | call_block | how a block is computed | eager (here); compiled (``compiled``); packaged (``package``) |
 | residency | where a block's weights are when it is called | on the device (here) |
 | reuse | which blocks a step computes | all of them (here); as a schedule says (``step_cache``) |
-| split | which part of the stream this process computes | all of it (here) |
+| split | which part of a step this process computes | all of it (here); of the batch, of the stream (``parallel``) |
 
 A runner keeps nothing of a call, so several threads may run at once.
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cogx_fast.attention.attend import Mask, Rotary
+from cogx_fast.attention.exchange import Exchange
 from cogx_fast.attention.masks import LayerBlocks, SparseBlocks
 from cogx_fast.model.layers import patchify, unpatchify
 from cogx_fast.model.transformer import Block, CogVideoXTransformer, Conditioning
@@ -60,11 +61,11 @@ class ForBlocks(NamedTuple):
     """Each layer's modulation."""
     is_text_S1: Tensor
     rotary: Rotary | None
-    mask: Mask | SparseBlocks
+    mask: Mask | SparseBlocks | Exchange
 
-    def of(self, layer: int) -> tuple[Tensor, Tensor, Rotary | None, Mask | LayerBlocks]:
+    def of(self, layer: int) -> tuple[Tensor, Tensor, Rotary | None, Mask | LayerBlocks | Exchange]:
         """That layer's modulation ``mod_B12D``, the text's selector ``is_text_S1``, rotary tables and mask."""
-        mask = self.mask.of_layer(layer) if isinstance(self.mask, SparseBlocks) else self.mask
+        mask = self.mask.of_layer(layer) if isinstance(self.mask, SparseBlocks | Exchange) else self.mask
         return self.mods_B12D[layer], self.is_text_S1, self.rotary, mask
 
 
@@ -104,15 +105,22 @@ def compute_all(
 
 
 class Whole:
-    """The whole stream in this process."""
+    """The whole step in this process."""
+
+    def check(self, slots: Slots) -> None:
+        """Refuse other slots' values that cannot work with this one."""
+
+    def step(self, model: CogVideoXTransformer, inputs: Inputs, compute: Callable[[Inputs], Tensor]) -> Tensor:
+        """The prediction for all videos: of those that this process computes, and of the others."""
+        return compute(inputs)
 
     def enter(self, x_BSD: Tensor, inputs: ForBlocks) -> tuple[Tensor, ForBlocks]:
         """Before the blocks: this process's part of the stream and of what goes with it."""
         return x_BSD, inputs
 
-    def leave(self, x_BSD: Tensor) -> Tensor:
-        """After them: the whole stream again."""
-        return x_BSD
+    def leave(self, x_BSD: Tensor, text_len: int, video_len: int, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """After them: ``patches_BVP``, which ``head`` makes of any tokens."""
+        return head(x_BSD[:, text_len:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +143,10 @@ class Slots:
 
 def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
     """One step: the prediction, ``(B, F, C_out, H, W)`` in the latents' dtype (H and W down to whole patches)."""
+    return slots.split.step(model, inputs, lambda part: _step(model, slots, part))
+
+
+def _step(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
     latents_BFCHW, text_BTE, timestep_B, ofs_B, rotary, position_1SD, mask = inputs
     order_V, restore_V = mask.order if isinstance(mask, SparseBlocks) else (None, None)
     patch = model.patch_embed.patch_size, model.patch_embed.patch_size_t
@@ -142,6 +154,7 @@ def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
         model, patchify(latents_BFCHW, *patch), text_BTE, timestep_B, ofs_B, position_1SD, order_V
     )
     for_blocks = ForBlocks(conditioning.mod_BL12D.unbind(1), is_text_S1, rotary, mask)
+    text_len, tokens = text_BTE.shape[1], x_BSD.shape[1]
     x_BSD, for_blocks = slots.split.enter(x_BSD, for_blocks)
     is_checkpointed = model.gradient_checkpointing and torch.is_grad_enabled()
 
@@ -156,8 +169,11 @@ def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
     stream = [x_BSD]
     del x_BSD
     x_BSD = slots.reuse(compute, stream.pop(), len(model.transformer_blocks), model, timestep_B)
-    x_BSD = slots.split.leave(x_BSD)
-    patches_BVP = slots.head(model, x_BSD[:, text_BTE.shape[1] :], conditioning.out_B2D, restore_V)
+    patches_BVP = slots.split.leave(
+        x_BSD, text_len, tokens - text_len, lambda part: slots.head(model, part, conditioning.out_B2D)
+    )
+    if restore_V is not None:
+        patches_BVP = patches_BVP.index_select(1, restore_V)
     return unpatchify(patches_BVP, latents_BFCHW.shape, *patch)
 
 
@@ -188,6 +204,7 @@ class Runner:
 
     def use(self, slots: Slots) -> None:
         """Run with other slots from the next step on; ``begin``, ``call_block`` and ``head`` stay the runner's own."""
+        slots.split.check(slots)
         mine = self.slots
         self.slots = replace(slots, begin=mine.begin, call_block=mine.call_block, head=mine.head)
 

@@ -182,9 +182,7 @@ class _Recorder:
         self._stream = [begun, x_BSD]
         return x_BSD
 
-    def head(
-        self, model: CogVideoXTransformer, x_BVD: Tensor, out_B2D: Tensor, restore_V: Tensor | None = None
-    ) -> Tensor:
+    def head(self, model: CogVideoXTransformer, x_BVD: Tensor, out_B2D: Tensor) -> Tensor:
         """The model's; what each earlier step's part would have made of this one is compared with it."""
         begun, done = self._stream
         self._stream = []
@@ -200,7 +198,7 @@ class _Recorder:
             instead = self._guided(model.head(begun + added.to(begun), out_B2D))
             self._errors[earlier, step] += float((instead - exact).norm() / exact.norm())
         self._added.append((done - begun).cpu())
-        return model.head(x_BVD, out_B2D, restore_V)
+        return model.head(x_BVD, out_B2D)
 
     def _guided(self, patches_BVP: Tensor) -> Tensor:
         if self._guidance <= 1 or patches_BVP.shape[0] % 2:
