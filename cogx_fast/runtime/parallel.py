@@ -93,10 +93,10 @@ def parallelize(model: CogVideoXModel, parallel: ParallelConfig | DeviceMesh | N
         guidance, sequence = parallel.guidance, parallel.sequence
     else:
         guidance, sequence = _sizes_of(parallel)
-    if heads % sequence:
-        raise ValueError(_not_divided(heads, sequence))
     if sequence > 1:
         runner.refuse_packaged(f"sequence={sequence} needs another code of the blocks (guidance alone does not)")
+    if heads % sequence:
+        raise ValueError(_not_divided(heads, sequence))
     from cogx_fast.runtime import ranks
 
     ranks.start()
@@ -177,8 +177,6 @@ class Split(Whole):
             RankError: another rank is lost.
             ValueError: ranks were given different things, or what cannot be shared; the same on all of them.
         """
-        if torch.compiler.is_compiling():
-            raise ValueError("parallel decides outside of compiled code: use load(..., compile=True)")
         if torch.is_grad_enabled():
             raise ValueError("parallel is for inference: call the model under torch.no_grad(), or load it without")
         if not self._lock.acquire(blocking=False):

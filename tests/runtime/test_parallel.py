@@ -8,7 +8,6 @@ import pytest
 
 from cogx_fast.runtime.parallel import ParallelConfig
 from tests import worlds
-from tests.conftest import Package
 
 SHARED = "tests.runtime.shared_steps"
 
@@ -35,9 +34,8 @@ def test_a_mesh_goes_with_plans_caches_masks_and_quantized_weights(tmp_path: Pat
         assert {name: error for name, error in errors.items() if not error <= 1e-6} == {}
 
 
-def test_what_does_not_go_with_a_mesh_says_so(package: Package, tmp_path: Path) -> None:
-    arguments = {"package": str(package.path), "checkpoint": str(package.checkpoint)}
-    for said in worlds.results(f"{SHARED}:refusals", 2, tmp_path, seconds=280, **arguments):
+def test_what_does_not_go_with_a_mesh_says_so(tmp_path: Path) -> None:
+    for said in worlds.results(f"{SHARED}:refusals", 2, tmp_path, seconds=280):
         for expected, message in said.items():
             assert expected in message
 
