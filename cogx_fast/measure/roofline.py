@@ -12,8 +12,7 @@ Suffixes in words: S joint tokens, D model width, N heads, L layers.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -62,6 +61,8 @@ class Part:
     exponentials: int = 0
     sent: int = 0
     """Bytes that one GPU sends to others."""
+    messages: int = 0
+    """Collectives, one after the other."""
 
     def times(self, device: Device) -> dict[str, float]:
         """Seconds that each ceiling asks for."""
@@ -69,7 +70,7 @@ class Part:
             "products": self.flops / device.peak(self.products) if self.flops else 0.0,
             "memory": self.bytes / device.bandwidth,
             "exponentials": self.exponentials / device.exponentials,
-            "link": self.sent / device.link,
+            "link": self.sent / device.link + self.messages * device.link_latency,
         }
 
     def seconds(self, device: Device) -> float:
@@ -89,7 +90,8 @@ def parts(
     batch: int,
     scheme: str = UNQUANTIZED,
     kept: float = 1.0,
-    gpus: int = 1,
+    guidance: int = 1,
+    sequence: int = 1,
 ) -> list[Part]:
     """What one GPU does in one step, in the order of the forward pass.
 
@@ -99,27 +101,24 @@ def parts(
         batch: videos in the call; 2 with guidance.
         scheme: of the blocks' linears, a name from ``SCHEMES``.
         kept: share of the attention scores that sparse attention computes; 1 is dense.
-        gpus: GPUs that share the step: first the videos of the batch, then the tokens, with an exchange of heads for
-            tokens around attention (Ulysses, arXiv:2309.14509).
+        guidance: GPUs that share the videos of the batch.
+        sequence: GPUs that share the tokens of a video, with an exchange of heads for tokens around attention (Ulysses,
+            arXiv:2309.14509).
 
     Raises:
-        ValueError: an unknown scheme, a share outside (0, 1], or more GPUs than can share the heads.
+        ValueError: an unknown scheme, a share outside (0, 1], or GPUs that cannot share the batch or the heads.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r} is not known: choose one of {', '.join(SCHEMES)}")
     if not 0 < kept <= 1:
         raise ValueError(f"kept is {kept}, expected a share above 0, at most 1 (dense)")
-    across_videos = math.gcd(batch, gpus)
-    across_tokens = gpus // across_videos
-    if config.num_attention_heads % across_tokens:
-        raise ValueError(
-            f"{gpus} GPUs share a batch of {batch}, so {across_tokens} would share {config.num_attention_heads} heads: "
-            "take a number that divides them"
-        )
-    share = _Share(config, tokens, batch // across_videos, across_tokens)
+    for what, number, size in (("videos", batch, guidance), ("heads", config.num_attention_heads, sequence)):
+        if number % size:
+            raise ValueError(f"{size} GPUs cannot share {number} {what}: take a number that divides them")
+    share = _Share(config, tokens, batch // guidance, sequence)
     used = SCHEMES[scheme]
     found = [*_linears(share, used), _attention(share, used, kept), *_glue(share, used)]
-    return [*found, _exchange(share)] if across_tokens > 1 else found
+    return found + [part for part in _exchanges(share, guidance) if part.messages]
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,8 @@ class _Share:
         """Rows of a linear's input."""
         if kind == "video in the batch":
             return self.batch
-        return -(-self.batch * {"joint": self.tokens.joint, "video": self.tokens.video, "text": self.tokens.text}[kind]
-                 // self.across_tokens)  # fmt: skip
+        tokens = {"joint": self.tokens.joint, "video": self.tokens.video, "text": self.tokens.text}[kind]
+        return self.batch * -(-tokens // self.across_tokens)
 
     @property
     def stream(self) -> int:
@@ -200,11 +199,18 @@ def _glue(share: _Share, scheme: Scheme) -> list[Part]:
     ]
 
 
-def _exchange(share: _Share) -> Part:
-    """Queries, keys and values to the GPUs of their heads, and the result back; each keeps its own share."""
-    kept_at_home = 1 / share.across_tokens
-    sent = 4 * _HALF * share.stream * (1 - kept_at_home) * share.config.num_layers
-    return Part(name="heads for tokens", group="communication", sent=round(sent))
+def _exchanges(share: _Share, guidance: int) -> Iterator[Part]:
+    """Queries, keys and values to the GPUs of their heads, the result back, and the prediction to all; each keeps its
+    own share."""
+    config, ranks = share.config, share.across_tokens
+    sent = 4 * _HALF * share.stream * config.num_layers * (ranks - 1) // ranks
+    messages = 2 * config.num_layers if ranks > 1 else 0
+    yield Part(name="heads for tokens", group="communication", sent=sent, messages=messages)
+    patch = config.out_channels * config.patch_size**2 * (config.patch_size_t or 1)
+    gathered = share.rows("joint") * patch * _HALF * (ranks - 1)
+    predicted = share.batch * share.tokens.video * patch * _HALF * (guidance - 1)
+    gathers = (ranks > 1) + (guidance > 1)
+    yield Part(name="prediction", group="communication", sent=gathered + predicted, messages=gathers)
 
 
 def with_ceilings(device: Device, measured: Mapping[str, Any]) -> Device:

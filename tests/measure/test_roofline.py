@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogx_fast import sizes
 from cogx_fast.config import PRESETS
-from cogx_fast.measure import roofline
+from cogx_fast.measure import mesh, roofline
 from cogx_fast.measure.devices import DEVICES
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.conftest import report, run_cli
@@ -139,12 +139,38 @@ def test_exponentials_can_bind() -> None:
 
 
 def test_gpus_share_everything_but_what_each_must_do() -> None:
-    one, two, eight = (_seconds("5b", gpus=gpus) for gpus in (1, 2, 8))
-    assert two == pytest.approx(one / 2, rel=0.01)  # a video each: nothing to exchange
+    one, two = _seconds("5b"), _seconds("5b", guidance=2)
+    eight = _seconds("5b", guidance=2, sequence=4)
+    assert two == pytest.approx(one / 2, rel=0.01)  # a video each: next to nothing to exchange
     assert one / 8 < eight < one / 4
-    sent = {part.name: part.sent for part in _parts("5b", gpus=8)}
+    sent = {part.name: part.sent for part in _parts("5b", guidance=2, sequence=4)}
     assert sent["heads for tokens"] == pytest.approx(42 * 4 * (2 * 17_776 * 3072 * 2 / 8) * 3 / 4)
-    assert not any(part.sent for part in _parts("5b", gpus=2))
+    assert {part.name for part in _parts("5b", guidance=2) if part.sent} == {"prediction"}
+
+
+def test_the_best_mesh_takes_guidance_first_and_says_how_far_it_is_off() -> None:
+    for name, gpus, pair in (("5b", 2, (2, 1)), ("5b", 8, (2, 4)), ("2b", 12, (2, 6)), ("2b", 3, (1, 3))):
+        for link in mesh.LINKS:
+            best, *_ = mesh.meshes(PRESETS[name], _tokens(name), mesh.with_link(H100, link), gpus, batch=2)
+            assert (best.guidance, best.sequence) == pair
+            assert _seconds(name) / best.seconds < gpus
+    assert mesh.meshes(PRESETS["2b"], _tokens("2b"), H100, 8, batch=2) == []  # 30 heads
+    with pytest.raises(ValueError, match="no NVLink"):
+        mesh.with_link(DEVICES["l40"], "nvlink")
+    for published in mesh.PUBLISHED:  # a floor is never slower
+        assert published.speed_up < mesh.check(published).speed_up < published.gpus
+
+
+def test_the_command_line_says_the_best_mesh_of_each_number() -> None:
+    options = ("roofline", "--preset", "5b", "--device", "h100", "--gpus")
+    facts = report(run_cli(*options, "2..64", "--json"))
+    found = {each["gpus"]: (each["guidance"], each["sequence"]) for each in facts["meshes"]}
+    assert found[8] == (2, 4)
+    assert 5 not in found
+    assert report(run_cli(*options, "8", "--json"))["mesh"] == {"guidance": 2, "sequence": 4}
+    assert "use one of 2, 3, 4, 6, 8, 12, 16, 24, 32, 48" in run_cli(*options, "5").err
+    text = run_cli(*options, "2..8", "--link", "pcie").out
+    assert "7.75 published (xDiT" in text
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
@@ -166,7 +192,7 @@ def test_size_batch_and_gpus_are_those_asked_for() -> None:
         "--batch", "4", "--gpus", "4", "--attention-kept", "0.3",
     ).out  # fmt: skip
     assert "9 frames, 256 × 320, batch 4, 1,186 tokens, bf16, 30% of the attention scores" in out
-    assert "4 × NVIDIA A100-SXM4-80GB, each" in out
+    assert "4 × NVIDIA A100-SXM4-80GB, guidance 4 × sequence 1, each" in out
     assert "not a measurement" in out
 
 

@@ -10,13 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cogx_fast
 from cogx_fast.attention.plan import FULL, AttentionPlan
 from cogx_fast.attention.windows import Pattern
+from cogx_fast.measure import roofline
 from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.parallel import ParallelConfig
+from cogx_fast.sizes import Tokens
 from tests.support import inputs, relative_error, small
 
 HEADS = 12
@@ -128,6 +131,38 @@ def disagree(rank: int) -> dict[str, str]:
     said["none"] = attempt(model)
     said["none again"] = attempt(model, seed=3)
     return said
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that this rank sends to others."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            self.bytes += args[0].nbytes * (len(args[1]) - 1) // len(args[1])
+        elif func is torch.ops._c10d_functional.all_gather_into_tensor.default:
+            self.bytes += args[0].nbytes * (args[1] - 1)
+        return func(*args, **(kwargs or {}))
+
+
+def sent(rank: int) -> list[tuple[int, int]]:
+    """For every mesh and size the bytes that a step sends, counted, and by the formula."""
+    found = []
+    model = make()
+    for parallel in pairs():
+        model.set_parallel(parallel)
+        for size in SIZES:
+            batch = max(2, parallel.guidance)
+            latents = inputs(model.config, **size)["hidden_states"]
+            grid = model.config.grid(latents.shape[1], *latents.shape[3:])
+            tokens = Tokens(text=size.get("text_len", model.config.max_text_seq_length), grid=grid)
+            mesh = {"guidance": parallel.guidance, "sequence": parallel.sequence}
+            parts = roofline.parts(model.config, tokens, batch=batch, **mesh)
+            with Sent() as counted:
+                generate(model, 1, batch=batch, **size)
+            found.append((counted.bytes, 2 * sum(part.sent for part in parts)))  # in fp32
+    return found
 
 
 def compositions(rank: int) -> dict[str, float]:

@@ -34,6 +34,11 @@ def test_a_mesh_goes_with_plans_caches_masks_and_quantized_weights(tmp_path: Pat
         assert {name: error for name, error in errors.items() if not error <= 1e-6} == {}
 
 
+def test_what_is_sent_is_what_the_formula_says(tmp_path: Path) -> None:
+    for found in worlds.results(f"{SHARED}:sent", 4, tmp_path, seconds=280):
+        assert all(counted == said > 0 for counted, said in found), found
+
+
 def test_what_does_not_go_with_a_mesh_says_so(tmp_path: Path) -> None:
     for said in worlds.results(f"{SHARED}:refusals", 2, tmp_path, seconds=280):
         for expected, message in said.items():
