@@ -14,7 +14,8 @@ SHARED = "tests.runtime.shared_steps"
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_every_mesh_computes_what_one_process_does(size: int, tmp_path: Path) -> None:
-    for errors in worlds.results(f"{SHARED}:meshes", size, tmp_path, seconds=280, backend="aot_eager"):
+    backend = "aot_eager" if size == 2 else "eager"
+    for errors in worlds.results(f"{SHARED}:meshes", size, tmp_path, seconds=280, backend=backend):
         wrong = {name: error for name, error in errors.items() if not error <= 1e-6}
         assert wrong == {}
         assert len(errors) >= 12
