@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,10 @@ class Symbols:
         self._mark((text_BTE, position_1SD), 1)
         self._mark_tokens(model, rotary, mask)
 
+    def mark_streams(self, model: nn.Module, streams: Sequence[Tensor | None], *, half: bool) -> None:
+        """What a step cache gives to a graph of the whole step: (B, S, D), or with ``half`` of half the batch."""
+        self._mark(streams, 1, batch_of=model, shape="half" if half else "batch")
+
     def mark_block(
         self,
         block: nn.Module,
@@ -58,7 +62,13 @@ class Symbols:
         self._mark((is_text_S1,), 0)
         self._mark_tokens(block, rotary, mask)
 
-    def _mark(self, tensors: tuple[Tensor | None, ...], *dims: int, batch_of: nn.Module | None = None) -> None:
+    def _mark(
+        self,
+        tensors: Sequence[Tensor | None],
+        *dims: int,
+        batch_of: nn.Module | None = None,
+        shape: Literal["batch", "half"] = "batch",
+    ) -> None:
         """Have torch take these dimensions as symbols; with ``batch_of``, the module called, dimension 0 is B.
 
         An ordinary symbol is never 1: torch compiles sizes of 1 apart. So B is an unbacked one, which holds for 1 too
@@ -74,7 +84,8 @@ class Symbols:
             if is_one_apart:
                 mark_dynamic(tensor, 0)
             elif batch_of is not None:
-                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch", **_batch_bounds(mark_unbacked))
+                hint = _BATCH_HINT if shape == "batch" else _BATCH_HINT // 2
+                mark_unbacked(tensor, 0, hint_override=hint, shape_id=shape, **_batch_bounds(mark_unbacked))
             if dims and getattr(tensor, "_dynamo_dynamic_indices", None) != {*dims}:
                 mark_dynamic(tensor, list(dims))
 
