@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from cogx_fast import sizes
@@ -15,6 +16,8 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.measure import mesh, roofline
 from cogx_fast.measure.devices import DEVICES, Device, get_device
 from cogx_fast.pipelines.locate import Model, locate
+from cogx_fast.runtime.step_schedule import FirstBlock, StepCacheError, StepSchedule, TeaCache
+from cogx_fast.runtime.step_schedule_file import choose_strategy
 from cogx_fast.sizes import Tokens, VideoSize
 from cogx_fast.terminal import Progress, scaled, table
 
@@ -40,6 +43,10 @@ def add(commands: Any) -> None:
         "--gpus", type=_counts, default=(1,), metavar="N|N..M", help="that share the step: the best mesh (default: 1)"
     )
     command.add_argument("--link", choices=mesh.LINKS, help="between GPUs (default: what the device has)")
+    command.add_argument(
+        "--step-cache", metavar="SCHEDULE", help="quality, balanced, fast, mask:1,1,0,… or a schedule's file: its steps"
+    )
+    command.add_argument("--steps", type=count, default=50, help="of a generation, for --step-cache [%(default)s]")
     command.add_argument(
         "--ceilings", type=Path, metavar="FILE", help="JSON with measured ceilings (TFLOP/s, GB/s) for stated ones"
     )
@@ -93,6 +100,18 @@ def run(arguments: argparse.Namespace, _: Progress) -> tuple[dict[str, Any], str
             for group in dict.fromkeys(part.group for part in found)
         },
     }  # fmt: skip
+    if arguments.step_cache is not None:
+        options = {"scheme": arguments.quant, "kept": arguments.attention_kept, "gpus": arguments.gpus}
+        schedule = _read_schedule(arguments.step_cache, model.config, arguments.steps)
+        steps = roofline.schedule_seconds(schedule, model.config, tokens, device, batch=arguments.batch, **options)
+        facts["step_cache"] = {
+            "schedule": arguments.step_cache,
+            "steps": schedule.steps,
+            "speedup": schedule.speedup,
+            "mean_floor_seconds": sum(steps) / len(steps),
+            "shortest_floor_seconds": min(steps),
+            "ratio": sum(steps) / len(steps) / total,
+        }
     return facts, render(facts)
 
 
@@ -125,12 +144,20 @@ def render(facts: dict[str, Any]) -> str:
         f"{facts['gpus']} × {facts['device']['name']}, {pair}, each" if facts["gpus"] > 1 else facts["device"]["name"]
     )
     header = ("one step", "operations", "bytes", "exponentials", "ms", "share", "bound by")
+    cached = ""
+    if "step_cache" in facts:
+        found = facts["step_cache"]
+        cached = (
+            f"\nWith the step cache {found['schedule']}, {found['speedup']:.2f} times fewer blocks in {found['steps']} "
+            f"steps: {1e3 * found['mean_floor_seconds']:.1f} ms a step in the mean ({found['ratio']:.3f} ×), the "
+            f"shortest {1e3 * found['shortest_floor_seconds']:.1f} ms."
+        )
     groups = ", ".join(f"{group} {seconds / total:.0%}" for group, seconds in facts["groups"].items())
     return "\n\n".join(
         [
             f"{', '.join(what)}\n{where} ({facts['device']['source']})",
             table(header, rows, last_is_total=True),
-            f"The time must go into: {groups}.\nA floor from the device's ceilings, not a measurement.",
+            f"The time must go into: {groups}.{cached}\nA floor from the device's ceilings, not a measurement.",
         ]
     )
 
@@ -215,6 +242,14 @@ def _counts(text: str) -> tuple[int, ...]:
     if not numbers:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected N, or N..M with M from N on")
     return tuple(numbers)
+
+
+def _read_schedule(value: str, config: TransformerConfig, steps: int) -> StepSchedule:
+    strategy = choose_strategy(value, config)
+    if isinstance(strategy, FirstBlock | TeaCache):
+        raise StepCacheError(f"step_cache is {value!r}, which depends on the model's weights: give a name or a file")
+    layers: Any = SimpleNamespace(transformer_blocks=range(config.num_layers))
+    return strategy.schedule(layers, range(steps, 0, -1))
 
 
 def _read_ceilings(path: Path | None) -> dict[str, Any]:

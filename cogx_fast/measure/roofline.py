@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from cogx_fast.config import TransformerConfig
 from cogx_fast.measure import costs
 from cogx_fast.measure.devices import GIGA, TERA, Device
+from cogx_fast.runtime.step_schedule import StepSchedule
 from cogx_fast.sizes import Tokens
 
 Products = Literal["bf16", "fp8", "int8"]
@@ -213,6 +214,43 @@ def _exchanges(share: _Share, guidance: int) -> Iterator[Part]:
     yield Part(name="prediction", group="communication", sent=gathered + predicted, messages=gathers)
 
 
+def schedule_seconds(
+    schedule: StepSchedule, config: TransformerConfig, tokens: Tokens, device: Device, *, batch: int, **options: Any
+) -> list[float]:
+    """The least time of each step of a step schedule.
+
+    A step computes what is outside of the blocks for all videos, its blocks for all of them or, where the schedule
+    takes the halves of a guided call apart, for half, and reads what stands in for the others.
+
+    Args:
+        schedule: the model's.
+        config: the model's configuration.
+        tokens: of one video.
+        device: whose ceilings are taken.
+        batch: videos in the call; 2 with guidance.
+        **options: ``parts``'.
+    """
+
+    def seconds(videos: int, layers: int) -> float:
+        given = dataclasses.replace(config, num_layers=layers)
+        return sum(part.seconds(device) for part in parts(given, tokens, batch=videos, **options))
+
+    one, two = seconds(batch, 1), seconds(batch, 2)
+    outside, block = 2 * one - two, two - one
+    half = seconds(batch // 2, 2) - seconds(batch // 2, 1) if schedule.unconditional is not None else block
+    halves = schedule.unconditional or (1,) * schedule.steps
+    stream = _HALF * batch * tokens.joint * config.inner_dim / device.bandwidth
+    found = []
+    for count, both in zip(schedule.blocks, halves, strict=True):
+        is_whole = count == schedule.num_layers
+        found.append(
+            outside
+            + count * (block if both else half)
+            + (0.0 if is_whole and both else (schedule.kept_steps + 2) * stream)
+        )
+    return found
+
+
 def with_ceilings(device: Device, measured: Mapping[str, Any]) -> Device:
     """The device with ceilings measured on one of its kind in place of the stated ones.
 
@@ -236,4 +274,4 @@ def with_ceilings(device: Device, measured: Mapping[str, Any]) -> Device:
     ) else device  # fmt: skip
 
 
-__all__ = ["SCHEMES", "UNQUANTIZED", "Part", "Scheme", "parts", "with_ceilings"]
+__all__ = ["SCHEMES", "UNQUANTIZED", "Part", "Scheme", "parts", "schedule_seconds", "with_ceilings"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,6 +11,8 @@ from torch import nn
 from cogx_fast.config import UPSTREAM_CLASS
 from cogx_fast.loading import load
 from cogx_fast.pipelines.placement import Placement
+from cogx_fast.runtime.step_cache import StepCache
+from cogx_fast.runtime.step_schedule import Given
 
 Pipeline = TypeVar("Pipeline")
 _OWN_REFERENCES = 3
@@ -54,8 +57,23 @@ def accelerate(pipe: Pipeline, **options: Any) -> Pipeline:
     placement.give(model)
     model.check_attached()
     pipe.transformer = model  # type: ignore[attr-defined]
+    tell_scheduler(pipe)
     placement.hand_over(pipe, model)
     return pipe
 
 
-__all__ = ["accelerate"]
+def tell_scheduler(pipe: Any) -> None:
+    """Warn where the step schedule of a pipeline's transformer was made with another scheduler than the pipeline's."""
+    reuse = pipe.transformer.runner.slots.reuse
+    strategy = reuse.strategy if isinstance(reuse, StepCache) else None
+    made_with = strategy.given.scheduler if isinstance(strategy, Given) else None
+    found = type(getattr(pipe, "scheduler", None)).__name__
+    if made_with not in (None, found):
+        warnings.warn(
+            f"the step schedule was made with {made_with} and the pipeline has {found}: its error is not known there; "
+            "find one for this pipeline with cogx-fast tune steps",
+            stacklevel=3,
+        )
+
+
+__all__ = ["accelerate", "tell_scheduler"]

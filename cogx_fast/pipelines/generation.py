@@ -20,6 +20,7 @@ from cogx_fast.attention.backends import get_backend
 from cogx_fast.config import TransformerConfig
 from cogx_fast.extras import require
 from cogx_fast.model.cpu import HALF, computes, slow_dtype
+from cogx_fast.pipelines.accelerate import tell_scheduler
 from cogx_fast.pipelines.locate import Model, read_stored_weights
 from cogx_fast.pipelines.memory import OFFLOADS, estimate, place
 from cogx_fast.sizes import VideoSize, count_tokens, latent_frames
@@ -217,6 +218,7 @@ def open_pipeline(
             quant=setting.quant,
         )
         pipe = pipeline_class.from_pretrained(model.location, transformer=transformer, torch_dtype=transformer.dtype)
+        tell_scheduler(pipe)
     if size is not None and is_laid_out:
         tokens = count_tokens(model.config, size, spatial_factor=model.spatial_factor)
         needs = estimate(pipe, tokens, size)

@@ -167,6 +167,12 @@ class Split(Whole):
                 "step_cache='first-block:…' decides by values of which every rank has its own: with parallel use a "
                 "schedule ('balanced', 'teacache:0.2', …)"
             )
+        given = getattr(getattr(slots.reuse, "strategy", None), "given", None)
+        if getattr(given, "unconditional", None) is not None:
+            raise ValueError(
+                "the step schedule takes the halves of a guided batch apart, which parallel shares out: use one "
+                "without 'unconditional'"
+            )
 
     # -- the batch ----------------------------------------------------------------------------------------------------
 

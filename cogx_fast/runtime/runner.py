@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -68,9 +68,24 @@ class ForBlocks(NamedTuple):
         mask = self.mask.of_layer(layer) if isinstance(self.mask, SparseBlocks | Exchange) else self.mask
         return self.mods_B12D[layer], self.is_text_S1, self.rotary, mask
 
+    def of_last(self, videos: int) -> ForBlocks:
+        """The same for the last videos of the batch alone; a mask has to be one for all of them."""
+        mods_BL12D = torch.stack([mod_B12D[-videos:] for mod_B12D in self.mods_B12D], 1)
+        return self._replace(mods_B12D=mods_BL12D.unbind(1))  # laid out as all of them are
 
-ComputeBlocks = Callable[[Tensor, int, int], Tensor]
-"""(x_BSD, first layer, last layer exclusive) -> x_BSD"""
+
+class ComputeBlocks(Protocol):
+    """What ``Slots.reuse`` is given to compute blocks with."""
+
+    def __call__(self, x_BSD: Tensor, first: int, last: int, /, *, videos: int | None = None) -> Tensor:
+        """The stream after the blocks from ``first`` to ``last`` exclusive.
+
+        Args:
+            x_BSD: the stream before them.
+            first: number of a block.
+            last: number of a block.
+            videos: how many of the batch's last videos the stream holds; None: all of them.
+        """
 
 
 def call_eagerly(layer: int, block: Block) -> Callable[..., Tensor]:
@@ -96,12 +111,16 @@ def on_device(blocks: Iterable[Any], first: int, last: int) -> Iterable[tuple[in
 
 
 def compute_all(
-    compute: ComputeBlocks, x_BSD: Tensor, num_layers: int, model: CogVideoXTransformer, timestep_B: Tensor
+    compute: ComputeBlocks, x_BSD: Tensor, num_layers: int, model: CogVideoXTransformer, inputs: Inputs
 ) -> Tensor:
     """Every block in every step."""
     stream = [x_BSD]
     del x_BSD  # the first block's input is not held while the others run
     return compute(stream.pop(), 0, num_layers)
+
+
+Reuse = Callable[[ComputeBlocks, Tensor, int, CogVideoXTransformer, Inputs], Tensor]
+"""(computes blocks, x_BSD before them, their number, model, the call's inputs) -> x_BSD after them"""
 
 
 class Whole:
@@ -132,7 +151,7 @@ class Slots:
     call_block: Callable[[int, Block], Callable[..., Tensor]] = call_eagerly
     head: Callable[..., Tensor] = CogVideoXTransformer.head
     residency: Callable[..., Iterable[tuple[int, Block]]] = on_device
-    reuse: Callable[[ComputeBlocks, Tensor, int, CogVideoXTransformer, Tensor], Tensor] = compute_all
+    reuse: Reuse = compute_all
     split: Whole = Whole()  # noqa: RUF009  # it holds nothing
 
     def untraceable(self) -> list[str]:
@@ -141,12 +160,19 @@ class Slots:
         return [name for name, value in values if not getattr(value, "is_traceable", True)]
 
 
-def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
-    """One step: the prediction, ``(B, F, C_out, H, W)`` in the latents' dtype (H and W down to whole patches)."""
-    return slots.split.step(model, inputs, lambda part: _step(model, slots, part))
+def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs, reuse: Reuse | None = None) -> Tensor:
+    """One step: the prediction, ``(B, F, C_out, H, W)`` in the latents' dtype (H and W down to whole patches).
+
+    Args:
+        model: whose parts are computed.
+        slots: how each is.
+        inputs: the call's.
+        reuse: in the place of ``slots.reuse``.
+    """
+    return slots.split.step(model, inputs, lambda part: _step(model, slots, part, reuse or slots.reuse))
 
 
-def _step(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
+def _step(model: CogVideoXTransformer, slots: Slots, inputs: Inputs, reuse: Reuse) -> Tensor:
     latents_BFCHW, text_BTE, timestep_B, ofs_B, rotary, position_1SD, mask = inputs
     order_V, restore_V = mask.order if isinstance(mask, SparseBlocks) else (None, None)
     patch = model.patch_embed.patch_size, model.patch_embed.patch_size_t
@@ -158,17 +184,18 @@ def _step(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
     x_BSD, for_blocks = slots.split.enter(x_BSD, for_blocks)
     is_checkpointed = model.gradient_checkpointing and torch.is_grad_enabled()
 
-    def compute(x_BSD: Tensor, first: int, last: int) -> Tensor:
+    def compute(x_BSD: Tensor, first: int, last: int, /, *, videos: int | None = None) -> Tensor:
+        given = for_blocks if videos is None else for_blocks.of_last(videos)
         for layer, block in slots.residency(model.transformer_blocks, first, last):
             call = slots.call_block(layer, block)
             if is_checkpointed:
                 call = partial(model._gradient_checkpointing_func or _checkpoint, call)
-            x_BSD = call(x_BSD, *for_blocks.of(layer))
+            x_BSD = call(x_BSD, *given.of(layer))
         return x_BSD
 
     stream = [x_BSD]
     del x_BSD
-    x_BSD = slots.reuse(compute, stream.pop(), len(model.transformer_blocks), model, timestep_B)
+    x_BSD = reuse(compute, stream.pop(), len(model.transformer_blocks), model, inputs)
     patches_BVP = slots.split.leave(
         x_BSD, text_len, tokens - text_len, lambda part: slots.head(model, part, conditioning.out_B2D)
     )
@@ -234,6 +261,6 @@ class Runner:
 
 
 __all__ = [
-    "CallWith", "ComputeBlocks", "ForBlocks", "Inputs", "Runner", "Slots", "Whole", "call_eagerly", "compute_all",
-    "on_device", "run",
+    "CallWith", "ComputeBlocks", "ForBlocks", "Inputs", "Reuse", "Runner", "Slots", "Whole", "call_eagerly",
+    "compute_all", "on_device", "run",
 ]  # fmt: skip

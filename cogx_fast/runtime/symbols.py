@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,10 @@ class Symbols:
         self._mark((text_BTE, position_1SD), 1)
         self._mark_tokens(model, rotary, mask)
 
+    def mark_streams(self, model: nn.Module, streams: Sequence[Tensor | None], *, half: bool) -> None:
+        """What a step cache gives to a graph of the whole step: (B, S, D), or with ``half`` of half the batch."""
+        self._mark(streams, 1, batch_of=model, shape="half" if half else "batch")
+
     def mark_block(
         self,
         block: nn.Module,
@@ -61,10 +65,11 @@ class Symbols:
 
     def _mark(
         self,
-        tensors: tuple[Tensor | None, ...],
+        tensors: Sequence[Tensor | None],
         *dims: int,
         batch_of: nn.Module | None = None,
         one_apart: bool = False,
+        shape: Literal["batch", "half"] = "batch",
     ) -> None:
         """Have torch take these dimensions as symbols; with ``batch_of``, the module called, dimension 0 is B.
 
@@ -82,7 +87,8 @@ class Symbols:
             if is_one_apart:
                 mark_dynamic(tensor, 0)
             elif batch_of is not None:
-                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch", **_batch_bounds(mark_unbacked))
+                hint = _BATCH_HINT if shape == "batch" else _BATCH_HINT // 2
+                mark_unbacked(tensor, 0, hint_override=hint, shape_id=shape, **_batch_bounds(mark_unbacked))
             if dims and getattr(tensor, "_dynamo_dynamic_indices", None) != {*dims}:
                 mark_dynamic(tensor, list(dims))
 

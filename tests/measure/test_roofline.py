@@ -20,6 +20,8 @@ from cogx_fast.config import PRESETS
 from cogx_fast.measure import mesh, roofline
 from cogx_fast.measure.devices import DEVICES
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.step_schedule import StepSchedule
+from cogx_fast.runtime.step_schedule_file import write_schedule
 from tests.conftest import report, run_cli
 from tests.support import RELEASED, inputs
 
@@ -186,6 +188,28 @@ def test_the_report_adds_up() -> None:
     assert facts["floor_seconds"] == pytest.approx(_seconds("5b", scheme="fp8-dynamic"))
 
 
+def test_a_step_cache_takes_the_time_of_the_blocks_it_computes(tmp_path: Path) -> None:
+    layers = PRESETS["5b"].num_layers
+    whole = _seconds("5b")
+
+    def found(schedule: StepSchedule) -> dict[str, Any]:
+        write_schedule(schedule, tmp_path / "s.toml")
+        command = ("roofline", "--preset", "5b", "--device", "h100", "--step-cache", tmp_path / "s.toml", "--json")
+        cached: dict[str, Any] = report(run_cli(*command))["step_cache"]
+        return cached
+
+    all_of_it = found(StepSchedule(blocks=(layers,) * 4, num_layers=layers))
+    assert all_of_it["mean_floor_seconds"] == pytest.approx(whole)
+    half = found(StepSchedule(blocks=(layers, 0), num_layers=layers))
+    assert half["ratio"] == pytest.approx(0.5, abs=2e-3)
+    assert half["ratio"] > 0.5
+    apart = StepSchedule(blocks=(layers,) * 3, unconditional=(1, 0, 0), num_layers=layers)
+    half_of_the_batch = _seconds("5b", batch=1) / whole  # less than half: weights are read once in either
+    assert found(apart)["ratio"] == pytest.approx((1 + 2 * half_of_the_batch) / 3, abs=5e-3)
+    text = run_cli("roofline", "--preset", "5b", "--device", "h100", "--step-cache", "balanced").out
+    assert "step cache balanced, 2.00 times fewer blocks in 50 steps" in text
+
+
 def test_size_batch_and_gpus_are_those_asked_for() -> None:
     out = run_cli(
         "roofline", "--preset", "5b", "--device", "a100", "--height", "256", "--width", "320", "--frames", "9",
@@ -216,6 +240,8 @@ def test_measured_ceilings_take_the_place_of_stated_ones(tmp_path: Path) -> None
         (("--device", "h100", "--ceilings", "{tmp}/none.json"), "No such file"),
         (("--device", "h100", "--ceilings", "{tmp}/list.json"), "expected an object of ceilings"),
         (("--device", "h100", "--ceilings", "{tmp}/zero.json"), "expected TFLOP/s of bf16"),
+        (("--device", "h100", "--step-cache", "teacache:0.2"), "depends on the model's weights"),
+        (("--device", "h100", "--step-cache", "slow"), "expected quality, balanced"),
     ],
 )
 def test_bad_requests(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from cogx_fast.measure import roofline
 from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.parallel import ParallelConfig
+from cogx_fast.runtime.step_schedule import StepSchedule
 from cogx_fast.sizes import Tokens
 from tests.support import inputs, relative_error, small
 
@@ -208,6 +209,8 @@ def refusals(rank: int) -> dict[str, str]:
     guided = cogx_fast.load(make(), parallel=ParallelConfig(guidance=2))
     packaged = make()
     packaged.runner.package = "m.pt2"
+    layers = shared.config.num_layers
+    halves = StepSchedule(blocks=(layers, layers), num_layers=layers, unconditional=(1, 0))
 
     def said(act: Callable[[], Any]) -> str:
         try:
@@ -218,6 +221,7 @@ def refusals(rank: int) -> dict[str, str]:
 
     return {
         "step_cache='first-block:": said(lambda: shared.set_step_cache("first-block:0.1")),
+        "takes the halves of a guided batch apart": said(lambda: shared.set_step_cache(halves)),
         "use CompileConfig(scope='block')": said(lambda: compile_model(shared, CompileConfig(scope="model"))),
         "does not divide the model's 12 heads: use 2, 3, 4, 6, 12": said(
             lambda: make().set_parallel(ParallelConfig(sequence=5))
