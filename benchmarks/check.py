@@ -8,7 +8,8 @@ is reported and fails nothing, for on a busy machine it may be luck. A case that
 rounds before it counts. The table holds for the versions and the kind of machine that it names. One thread, so that
 neighbours on other cores matter less. Every run is added to the history (``environment.HISTORY``).
 
-With ``--int8`` it prints, in the gate's place, what int8-dynamic takes of fp32's time, both ours and compiled.
+With ``--int8`` it prints, in the gate's place, what int8-dynamic takes of fp32's time, both ours and compiled; with
+``--step-cache`` what a compiled denoising loop takes with step caches of that without.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from cogx_fast.config import PRESETS
 from cogx_fast.loading import load
 from cogx_fast.measure import contest, timing
 from cogx_fast.measure.contest import OURS, PEER, Contest, Work
+from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.step_schedule import NAMED
 from cogx_fast.sizes import Tokens
 from cogx_fast.terminal import Progress, table
 
@@ -56,7 +59,7 @@ def cases() -> dict[str, Work]:
 
 INT8_WIDTHS = (384, 1920)
 """Of a block: a small one's, and 2b's."""
-INT8_TOKENS = Tokens(text=16, grid=(4, 8, 16))
+SMALL_TOKENS = Tokens(text=16, grid=(4, 8, 16))
 
 
 def time_int8(rounds: int, progress: Progress) -> str:
@@ -64,7 +67,7 @@ def time_int8(rounds: int, progress: Progress) -> str:
     rows = []
     for width in INT8_WIDTHS:
         config = dataclasses.replace(PRESETS["5b"], **_SMALL | {"num_attention_heads": width // 64, "num_layers": 1})
-        work = Work(config=config, tokens=INT8_TOKENS, dtype=torch.float32)
+        work = Work(config=config, tokens=SMALL_TOKENS, dtype=torch.float32)
         arguments = contest.call_arguments(config, work.tokens, work.batch, work.dtype, work.device)
         models = {
             quant or "fp32": load(contest.random_upstream(work), compile=True, quant=quant)
@@ -78,6 +81,38 @@ def time_int8(rounds: int, progress: Progress) -> str:
         rows.append((str(width), str(work.batch * work.tokens.joint), *milliseconds, ratio))
     progress.clear()
     return table(("width", "rows", "fp32, ms", "int8-dynamic, ms", "ratio (95 % confidence)"), rows)
+
+
+STEPS = 24
+"""Of the denoising loop that step caches are timed in."""
+
+
+def time_step_caches(rounds: int, progress: Progress) -> str:
+    """A table of a compiled loop's time with each named step cache against that without, in turns."""
+    config = dataclasses.replace(PRESETS["5b"], **_SMALL | {"num_layers": 4})
+    work = Work(config=config, tokens=SMALL_TOKENS, dtype=torch.float32)
+    arguments = contest.call_arguments(config, work.tokens, work.batch, work.dtype, work.device)
+    timesteps = torch.linspace(999, 1, STEPS).round().long()
+
+    def loop(model: CogVideoXModel) -> None:
+        for timestep in timesteps:
+            contest.run(model, arguments | {"timestep": timestep.expand(work.batch)})
+
+    models = {
+        name: load(contest.random_upstream(work), compile=True, step_cache=None if name == "none" else name)
+        for name in ("none", *NAMED)
+    }
+    loops = {name: functools.partial(loop, model) for name, model in models.items()}
+    timing.take_turns(loops, rounds=1)  # compiles
+    seconds = timing.take_turns(loops, rounds=rounds, on_round=progress.steps("loops", rounds))
+    progress.clear()
+    rows = []
+    for name, schedule in NAMED.items():
+        blocks = schedule.schedule(models[name], range(STEPS, 0, -1)).speedup
+        ratio = str(timing.ratio(seconds[name], seconds["none"]))
+        rows.append((name, f"{blocks:.2f}", f"{timing.median(seconds[name]).median:.2f}", ratio))
+    none = f"{timing.median(seconds['none']).median:.2f}"
+    return table(("step cache", "times fewer blocks", f"s, none {none}", "ratio (95 % confidence)"), rows)
 
 
 def measure(contest: Contest, rounds: int, progress: Progress | None = None) -> dict[str, Any]:
@@ -175,8 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="steps of each, in turns (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their name")
     parser.add_argument("--int8", action="store_true", help="time int8-dynamic against fp32, and nothing else")
+    parser.add_argument("--step-cache", action="store_true", help="time loops with step caches, and nothing else")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if options.step_cache:
+        print(time_step_caches(options.rounds, Progress()))
+        return 0
     if options.int8:
         print(time_int8(options.rounds, Progress()))
         return 0

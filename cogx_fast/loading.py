@@ -33,9 +33,12 @@ from cogx_fast.weights.quantize import Quantize
 from cogx_fast.weights.sources import ConfigLike, resolve
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from cogx_fast.attention.plan import AttentionPlan
     from cogx_fast.runtime.compile import CompileConfig
     from cogx_fast.runtime.module import CogVideoXModel
+    from cogx_fast.runtime.parallel import ParallelConfig
     from cogx_fast.runtime.step_schedule import StepSchedule
     from quant import Recipe
 
@@ -56,6 +59,7 @@ def load(
     attention: str = "auto",
     attention_plan: AttentionPlan | str | os.PathLike[str] | None = None,
     step_cache: StepSchedule | str | os.PathLike[str] | None = None,
+    parallel: ParallelConfig | DeviceMesh | None = None,
     compile: bool | CompileConfig = False,
     compile_cache: str | os.PathLike[str] | None = None,
     quant: str | os.PathLike[str] | Recipe | None = None,
@@ -92,6 +96,9 @@ def load(
         step_cache: skip parts of denoising steps (approximate): "quality", "balanced" or "fast" (1.5, 2 or 3 times
             fewer blocks), "teacache:0.2", "mask:1,1,0,…", the .toml file of a schedule, or "first-block:0.08", which
             decides step by step. Not with ``scope="model"``.
+        parallel: share each step with the other processes of a job (``torchrun``), all of which call this: a
+            ``ParallelConfig(guidance=2, sequence=4)``, or a ``DeviceMesh`` with these dimensions. Not with
+            ``scope="model"``.
         compile: compile the model, with the default ``CompileConfig`` or a given one.
         compile_cache: start warm from this file, which ``model.save_compile_cache`` wrote: its code is run, so take it
             only from where you trust code. One that does not fit is not used, with a warning that says why.
@@ -134,14 +141,14 @@ def load(
     """
     if compile_cache is not None and not compile:
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
-    check_offload(offload, compile)
+    check_offload(offload, compile, parallel)
     if schedule is not None:
         read_schedule(schedule)
     if step_cache is not None:
         choose_strategy(step_cache)
     if attention_plan is None:
         attention_plan = getattr(source, "attention_plan", None)
-    running = _Running(plan=attention_plan, step_cache=step_cache, compile=compile)
+    running = _Running(plan=attention_plan, step_cache=step_cache, parallel=parallel, compile=compile)
     model = load_weights(
         source,
         model_class(),
@@ -178,6 +185,7 @@ class _Running:
 
     plan: AttentionPlan | str | os.PathLike[str] | None
     step_cache: StepSchedule | str | os.PathLike[str] | None
+    parallel: ParallelConfig | DeviceMesh | None
     compile: bool | CompileConfig
 
     def check(self, model: CogVideoXModel) -> None:
@@ -198,6 +206,8 @@ class _Running:
     def _set(self, model: CogVideoXModel) -> None:
         if self.step_cache is not None:
             model.set_step_cache(self.step_cache)
+        if self.parallel is not None:
+            model.set_parallel(self.parallel)
         if self.compile:
             from cogx_fast.runtime.compile import CompileConfig, compile_model
 

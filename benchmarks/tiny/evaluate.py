@@ -81,9 +81,20 @@ def load_pipeline(directory: Path, dtype: torch.dtype) -> Any:
     return pipe
 
 
-def generate(pipe: Any, prompts: list[str], *, seed: int, steps: int, guidance: float) -> np.ndarray[Any, Any]:
-    """Clips ``(B, F, H, W, 3)`` as uint8, each with its own seed, so that a clip does not depend on its batch."""
-    generators = [torch.Generator().manual_seed(seed * 1000 + i) for i in range(len(prompts))]
+def generate(
+    pipe: Any, prompts: list[str], *, seed: int, steps: int, guidance: float, first: int = 0
+) -> np.ndarray[Any, Any]:
+    """Clips ``(B, F, H, W, 3)`` as uint8, each with its own seed, so that a clip does not depend on its batch.
+
+    Args:
+        pipe: the pipeline.
+        prompts: some that follow each other among all of them.
+        seed: of the round.
+        steps: of sampling.
+        guidance: its scale.
+        first: the first prompt's number.
+    """
+    generators = [torch.Generator().manual_seed(seed * 1000 + first + i) for i in range(len(prompts))]
     frames = pipe(
         prompts, num_inference_steps=steps, guidance_scale=guidance, max_sequence_length=MAX_TEXT,
         generator=generators, output_type="np",

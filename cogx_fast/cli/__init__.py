@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 from cogx_fast.cli import bench, compare, demo, explain, export, generate, info, plan, quantize, recipes, roofline, tune
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:  # argparse's way out of --help and of what it cannot parse
         return int(stop.code or 0)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for a command that starts itself again
     progress = Progress()
     try:
         with quiet_libraries(debug=arguments.debug):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cogx_fast.cli.arguments import MODEL_HELP, add_command, add_video
+from cogx_fast.cli.arguments import MODEL_HELP, add_command, add_video, count
 from cogx_fast.cli.output import note, quiet_bars, warn
-from cogx_fast.cli.task import read_task
+from cogx_fast.cli.task import Task, read_task
 from cogx_fast.extras import require
 from cogx_fast.terminal import Progress
 
@@ -25,18 +27,51 @@ def add(commands: Any) -> None:
     command.add_argument("--model", required=True, help=MODEL_HELP)
     command.add_argument("--prompt", required=True, help="what to show")
     command.add_argument("--out", required=True, metavar="FILE.mp4", help="the video to write")
+    command.add_argument(
+        "--nproc", type=count, default=1, metavar="N", help="processes of this machine (one for each GPU) that share it"
+    )
     add_video(command)
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
-    """Carry it out: the report, and its text."""
+    """Carry it out, by as many processes as are asked for: the report, and its text."""
+    from cogx_fast.pipelines import workers
+
+    if workers.is_worker():
+        from cogx_fast.runtime import ranks
+
+        ranks.start()  # which also chooses this process's GPU
+        arguments.nproc = int(os.environ["WORLD_SIZE"])
+        return _generate(_shared(read_task(arguments), arguments.nproc), arguments, progress)
+    if arguments.nproc == 1:
+        return _generate(read_task(arguments), arguments, progress)
+    _shared(read_task(arguments), arguments.nproc)  # what cannot be shared is refused before anything is started
+    report = workers.start(arguments.nproc, [*_without_nproc(arguments.argv), "--json"])
+    return report, _render(report)
+
+
+def _without_nproc(argv: list[str]) -> list[str]:
+    """The command line for a worker; torchrun, which reads over it, takes ``--nproc`` for an option of its own."""
+    at = next(index for index, text in enumerate(argv) if text.startswith("--np"))
+    return argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
+
+
+def _shared(task: Task, processes: int) -> Task:
+    """The task as each of so many processes has it."""
+    from cogx_fast.runtime.parallel import ParallelConfig
+
+    heads, guided = task.model.config.num_attention_heads, task.request.guidance > 1
+    parallel = ParallelConfig.for_ranks(processes, heads, guided=guided)
+    return replace(task, setting=replace(task.setting, parallel=parallel))
+
+
+def _generate(task: Task, arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     from cogx_fast.pipelines import generation
     from cogx_fast.runtime.compile import watch_compilation
     from cogx_fast.video import files
 
     out = files.check_writable(arguments.out, ".mp4")
     require("imageio_ffmpeg", why="to write videos")
-    task = read_task(arguments)
     model, request, device = task.model, task.request, task.device
 
     quiet_bars()
@@ -46,10 +81,13 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     load_seconds = time.perf_counter() - begin
     notes = task.warnings(pipe)
     warn(notes, progress)
+    is_first = int(os.environ.get("RANK", 0)) == 0
     with watch_compilation() as compilation:
-        run = generation.run_pipeline(pipe, request, on_step=progress.steps("denoising", request.steps))
+        on_step = progress.steps("denoising", request.steps)
+        run = generation.run_pipeline(pipe, request, decode=is_first, on_step=on_step)
+    if run.frames is None:  # the first process has the video
+        return {}, ""
     progress.stage("writing the video")
-    assert run.frames is not None
     files.write_video(out, run.frames, fps=task.fps)
     report = {
         "out": str(out),
@@ -58,6 +96,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         **task.facts(pipe),
         **{"frames": len(run.frames), "height": request.size.height, "width": request.size.width, "fps": task.fps},
         "device": str(device),
+        "processes": arguments.nproc,
         "seconds": _seconds(run, load_seconds, compilation.seconds),
         **{"graphs": compilation.graphs, "breaks": compilation.breaks, "recompiles": compilation.recompiles},
         "warnings": notes,
@@ -85,10 +124,11 @@ def _render(report: dict[str, Any]) -> str:
     steps = f"{report['steps']} step" + ("s" if report["steps"] != 1 else "")
     if seconds["median_step"] is not None:
         steps += f" of {seconds['median_step']:.3g} s (prompt to first step {seconds['first_step']:.3g} s)"
+    by = f"{report['processes']} × " if report["processes"] > 1 else ""
     compiled = f", compiled in {seconds['compile']:.1f} s" if report["compiled"] else ""
     return (
         f"{report['out']}: {size}, {report['fps']} fps\n"
-        f"{seconds['total']:.1f} s: {steps}, {report['dtype']} on {report['device']}{compiled}; "
+        f"{seconds['total']:.1f} s: {steps}, {report['dtype']} on {by}{report['device']}{compiled}; "
         f"loading took {seconds['load']:.1f} s"
     )
 

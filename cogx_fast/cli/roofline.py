@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from cogx_fast import sizes
 from cogx_fast.cli.arguments import add_command, add_size, count
-from cogx_fast.measure import roofline
-from cogx_fast.measure.devices import DEVICES, PCIE_SHARE, get_device
-from cogx_fast.pipelines.locate import locate
-from cogx_fast.sizes import VideoSize
+from cogx_fast.config import TransformerConfig
+from cogx_fast.measure import mesh, roofline
+from cogx_fast.measure.devices import DEVICES, PCIE_SHARE, Device, get_device
+from cogx_fast.pipelines.locate import Model, locate
+from cogx_fast.runtime.step_schedule import FirstBlock, StepCacheError, StepSchedule, TeaCache
+from cogx_fast.runtime.step_schedule_file import choose_strategy
+from cogx_fast.sizes import Tokens, VideoSize
 from cogx_fast.terminal import Progress, scaled, table
 
 
@@ -37,7 +42,14 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--offload", choices=["blocks"], help="also say whether the copies of streamed blocks hide under the computing"
     )
-    command.add_argument("--gpus", type=count, default=1, help="that share the step (default: %(default)s)")
+    command.add_argument(
+        "--gpus", type=_counts, default=(1,), metavar="N|N..M", help="that share the step: the best mesh (default: 1)"
+    )
+    command.add_argument("--link", choices=mesh.LINKS, help="between GPUs (default: what the device has)")
+    command.add_argument(
+        "--step-cache", metavar="SCHEDULE", help="quality, balanced, fast, mask:1,1,0,… or a schedule's file: its steps"
+    )
+    command.add_argument("--steps", type=count, default=50, help="of a generation, for --step-cache [%(default)s]")
     command.add_argument(
         "--ceilings", type=Path, metavar="FILE", help="JSON with measured ceilings (TFLOP/s, GB/s) for stated ones"
     )
@@ -54,11 +66,17 @@ def run(arguments: argparse.Namespace, _: Progress) -> tuple[dict[str, Any], str
         spatial_factor=model.spatial_factor,
     )
     tokens = sizes.count_tokens(model.config, video, spatial_factor=model.spatial_factor)
-    device = roofline.with_ceilings(get_device(arguments.device), _read_ceilings(arguments.ceilings))
-    found = roofline.parts(
-        model.config, tokens, batch=arguments.batch, scheme=arguments.quant, kept=arguments.attention_kept,
-        gpus=arguments.gpus,
-    )  # fmt: skip
+    device = get_device(arguments.device)
+    if max(arguments.gpus) > 1:
+        device = mesh.with_link(device, arguments.link or ("nvlink" if mesh.has_nvlink(device) else "pcie"))
+    device = roofline.with_ceilings(device, _read_ceilings(arguments.ceilings))
+    options = {"batch": arguments.batch, "scheme": arguments.quant, "kept": arguments.attention_kept}
+    if len(arguments.gpus) > 1:
+        facts = _of_meshes(model, tokens, device, arguments.gpus, options)
+        return facts, _render_meshes(facts)
+    (gpus,) = arguments.gpus
+    best = _best(model.config, tokens, device, gpus, options)
+    found = roofline.parts(model.config, tokens, guidance=best.guidance, sequence=best.sequence, **options)
     total = sum(part.seconds(device) for part in found)
     facts = {
         "model": model.name,
@@ -67,7 +85,8 @@ def run(arguments: argparse.Namespace, _: Progress) -> tuple[dict[str, Any], str
         "tokens": tokens.joint,
         "quant": arguments.quant,
         "attention_kept": arguments.attention_kept,
-        "gpus": arguments.gpus,
+        "gpus": gpus,
+        "mesh": {"guidance": best.guidance, "sequence": best.sequence},
         "parts": [
             {
                 "name": part.name, "group": part.group, "products": part.products, "flops": part.flops,
@@ -87,6 +106,18 @@ def run(arguments: argparse.Namespace, _: Progress) -> tuple[dict[str, Any], str
     if arguments.offload is not None:
         links = roofline.streaming(model.config, found, device, scheme=arguments.quant)
         facts["streaming"] = [dataclasses.asdict(each) | {"hides": each.hides} for each in links]
+    if arguments.step_cache is not None:
+        options = {"scheme": arguments.quant, "kept": arguments.attention_kept, "gpus": arguments.gpus}
+        schedule = _read_schedule(arguments.step_cache, model.config, arguments.steps)
+        steps = roofline.schedule_seconds(schedule, model.config, tokens, device, batch=arguments.batch, **options)
+        facts["step_cache"] = {
+            "schedule": arguments.step_cache,
+            "steps": schedule.steps,
+            "speedup": schedule.speedup,
+            "mean_floor_seconds": sum(steps) / len(steps),
+            "shortest_floor_seconds": min(steps),
+            "ratio": sum(steps) / len(steps) / total,
+        }
     return facts, render(facts)
 
 
@@ -114,14 +145,25 @@ def render(facts: dict[str, Any]) -> str:
     what = [f"{facts['model']}, {size}, batch {video['batch']}, {facts['tokens']:,} tokens", facts["quant"]]
     if facts["attention_kept"] != 1:
         what.append(f"{facts['attention_kept']:.0%} of the attention scores")
-    where = f"{facts['gpus']} × {facts['device']['name']}, each" if facts["gpus"] > 1 else facts["device"]["name"]
+    pair = f"guidance {facts['mesh']['guidance']} × sequence {facts['mesh']['sequence']}"
+    where = (
+        f"{facts['gpus']} × {facts['device']['name']}, {pair}, each" if facts["gpus"] > 1 else facts["device"]["name"]
+    )
     header = ("one step", "operations", "bytes", "exponentials", "ms", "share", "bound by")
+    cached = ""
+    if "step_cache" in facts:
+        found = facts["step_cache"]
+        cached = (
+            f"\nWith the step cache {found['schedule']}, {found['speedup']:.2f} times fewer blocks in {found['steps']} "
+            f"steps: {1e3 * found['mean_floor_seconds']:.1f} ms a step in the mean ({found['ratio']:.3f} ×), the "
+            f"shortest {1e3 * found['shortest_floor_seconds']:.1f} ms."
+        )
     groups = ", ".join(f"{group} {seconds / total:.0%}" for group, seconds in facts["groups"].items())
     return "\n\n".join(
         [
             f"{', '.join(what)}\n{where} ({facts['device']['source']})",
             table(header, rows, last_is_total=True),
-            f"The time must go into: {groups}.\nA floor from the device's ceilings, not a measurement.",
+            f"The time must go into: {groups}.{cached}\nA floor from the device's ceilings, not a measurement.",
             *_render_streaming(facts.get("streaming", [])),
         ]
     )
@@ -145,6 +187,96 @@ def _render_streaming(links: list[dict[str, Any]]) -> list[str]:
         f"{1e3 * first['compute_seconds']:.1f} ms; copies at {PCIE_SHARE:.0%} of the link's rate",
         table(("link", "copy, ms", "beside computing", "a step at least, ms"), rows),
     ]
+
+
+def _best(config: TransformerConfig, tokens: Tokens, device: Device, gpus: int, options: dict[str, Any]) -> mesh.Shared:
+    found = mesh.meshes(config, tokens, device, gpus, **options)
+    if not found:
+        able = [str(each) for each in range(2, 65) if mesh.meshes(config, tokens, device, each, **options)]
+        raise ValueError(
+            f"{gpus} GPUs cannot share a batch of {options['batch']} and {config.num_attention_heads} heads: use one "
+            f"of {', '.join(able)}"
+        )
+    return found[0]
+
+
+def _of_meshes(
+    model: Model, tokens: Tokens, device: Device, numbers: Sequence[int], options: dict[str, Any]
+) -> dict[str, Any]:
+    """The best mesh for each number of GPUs that has one, and published speed-ups beside what is said here."""
+    alone = mesh.share(model.config, tokens, device, 1, 1, **options).seconds
+    found = [mesh.meshes(model.config, tokens, device, number, **options)[:1] for number in numbers]
+    checks = [(published, mesh.check(published)) for published in mesh.PUBLISHED]
+    return {
+        "model": model.name,
+        "device": {"name": device.name, "source": device.source},
+        "link": {"bytes_per_second": device.link, "latency_seconds": device.link_latency},
+        "tokens": tokens.joint,
+        **options,
+        "seconds_alone": alone,
+        "meshes": [
+            {**dataclasses.asdict(best), "gpus": best.gpus, "seconds": best.seconds, "speed_up": alone / best.seconds}
+            for (best,) in filter(None, found)
+        ],
+        "published": [
+            {
+                "source": published.source, "model": published.model, "device": published.device,
+                "gpus": published.gpus, "speed_up": published.speed_up, "said_here": check.speed_up,
+                "link_bytes_per_second": check.link,
+            }
+            for published, check in checks
+        ],
+    }  # fmt: skip
+
+
+def _render_meshes(facts: dict[str, Any]) -> str:
+    rows = [
+        (
+            str(each["gpus"]),
+            f"{each['guidance']} × {each['sequence']}",
+            f"{each['seconds']:.3f}",
+            f"{each['speed_up']:.2f}",
+            f"{each['speed_up'] / each['gpus']:.0%}",
+            scaled(each["sent"], "B"),
+            f"{each['exchange'] / each['seconds']:.0%}",
+        )
+        for each in facts["meshes"]
+    ]
+    header = ("GPUs", "guidance × sequence", "a step, s", "speed-up", "of ideal", "each sends", "of the time")
+    link = facts["link"]
+    checks = [
+        f"{each['model']} on {each['gpus']} × {each['device']}: {each['speed_up']:.2f} published ({each['source']}), "
+        f"{each['said_here']:.2f} said here ({each['said_here'] / each['speed_up'] - 1:+.0%}); "
+        f"{each['link_bytes_per_second'] / 1e9:.1f} GB/s a GPU would explain it"
+        for each in facts["published"]
+    ]
+    return "\n\n".join(
+        [
+            f"{facts['model']}, batch {facts['batch']}, {facts['tokens']:,} tokens, {facts['scheme']}\n"
+            f"{facts['device']['name']} ({facts['device']['source']}), {link['bytes_per_second'] / 1e9:.0f} GB/s and "
+            f"{1e6 * link['latency_seconds']:.0f} µs between them; alone {facts['seconds_alone']:.3f} s a step",
+            table(header, rows),
+            "Floors, not measurements: nothing is sent while something is computed, and every link gives its rate.\n"
+            + "\n".join(checks),
+        ]
+    )
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """A number of GPUs, or all from one to another."""
+    first, dots, last = text.partition("..")
+    numbers = range(count(first), (count(last) if dots else int(first)) + 1)
+    if not numbers:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected N, or N..M with M from N on")
+    return tuple(numbers)
+
+
+def _read_schedule(value: str, config: TransformerConfig, steps: int) -> StepSchedule:
+    strategy = choose_strategy(value, config)
+    if isinstance(strategy, FirstBlock | TeaCache):
+        raise StepCacheError(f"step_cache is {value!r}, which depends on the model's weights: give a name or a file")
+    layers: Any = SimpleNamespace(transformer_blocks=range(config.num_layers))
+    return strategy.schedule(layers, range(steps, 0, -1))
 
 
 def _read_ceilings(path: Path | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogx_fast.cli.arguments import DTYPE_NAMES, MODEL_HELP, add_command, add_offload, add_sampling, add_size, count
 from cogx_fast.cli.output import note, quiet_bars, warn
-from cogx_fast.terminal import Progress, table
+from cogx_fast.terminal import Progress
 
 if TYPE_CHECKING:
     from cogx_fast.tune.steps import Found
@@ -44,7 +44,6 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     """Carry it out: the report, and its text."""
     from cogx_fast.pipelines import generation
     from cogx_fast.pipelines.locate import locate_pipeline
-    from cogx_fast.runtime.step_schedule import FORECASTS
     from cogx_fast.runtime.step_schedule_file import write_schedule
     from cogx_fast.sizes import choose_video
     from cogx_fast.tune.steps import find_schedule
@@ -76,7 +75,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     notes = list(filter(None, [generation.dtype_warning(model, setting, place)]))
     warn(notes, progress)
     state = out.with_suffix(".npz")
-    total = (1 + len(FORECASTS)) * len(requests) * arguments.steps
+    total = 2 * len(requests) * arguments.steps
     found = find_schedule(
         pipe,
         requests,
@@ -96,10 +95,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         "steps": found.schedule.steps,
         "whole_steps": [step for step, blocks in enumerate(found.schedule.blocks) if blocks],
         "speedup": found.schedule.speedup,
-        "forecast": found.schedule.forecast,
         "error": found.schedule.error,
         "worst_error": found.worst,
-        "errors_by_forecast": found.measured,
         "bounds": list(found.bounds),
         "warnings": notes,
     }
@@ -115,10 +112,8 @@ def _draw(found: Found, model: str) -> Any:
 
 
 def _render(report: dict[str, Any]) -> str:
-    rows = [(name, f"{error:.4f}") for name, error in report["errors_by_forecast"].items()]
     whole = ", ".join(str(step + 1) for step in report["whole_steps"])
     return (
-        f"{table(('forecast', 'error, mean'), rows)}\n\n"
         f"{report['out']}: {len(report['whole_steps'])} of {report['steps']} steps whole ({whole}), "
         f"{report['speedup']:.2f} times fewer blocks\n"
         f"relative error of the final latents: {report['error']:.4f}, largest {report['worst_error']:.4f}\n"

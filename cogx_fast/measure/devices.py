@@ -56,6 +56,8 @@ class Device:
     """Bytes a second that one GPU can send to others of its kind while it receives as many."""
     source: str
     """Where the ceilings are stated."""
+    link_latency: float = 0.0
+    """Seconds that a collective takes however little it sends (``mesh.LINKS``)."""
 
     @property
     def arch(self) -> int:
@@ -171,6 +173,20 @@ DEVICES: dict[str, Device] = {
         bandwidth=360 * GIGA,
         link=32 * GIGA,  # PCIe 4.0 × 16
         source="NVIDIA Ampere GA102 paper's rates of a multiprocessor (accumulation in fp32), times 28 at 1.777 GHz",
+    ),
+    "l40": Device(
+        **_ADA,
+        name="NVIDIA L40",
+        multiprocessors=142,
+        l2_bytes=96 * MIB,
+        memory_bytes=48 * GIB,
+        clock_khz=2_490_000,
+        memory_clock_khz=9_001_000,
+        bf16=181.05 * TERA,
+        fp8=362 * TERA,
+        int8=362 * TERA,
+        bandwidth=864 * GIGA,
+        source="NVIDIA L40 data sheet (the rates without sparsity)",
     ),
     "l40s": Device(
         **_ADA,

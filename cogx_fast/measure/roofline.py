@@ -12,14 +12,14 @@ Suffixes in words: S joint tokens, D model width, N heads, L layers.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.measure import costs
 from cogx_fast.measure.devices import GIGA, PCIE_SHARE, PCIE_X16, TERA, Device
+from cogx_fast.runtime.step_schedule import StepSchedule
 from cogx_fast.sizes import Tokens
 
 Products = Literal["bf16", "fp8", "int8"]
@@ -63,6 +63,8 @@ class Part:
     exponentials: int = 0
     sent: int = 0
     """Bytes that one GPU sends to others."""
+    messages: int = 0
+    """Collectives, one after the other."""
 
     def times(self, device: Device) -> dict[str, float]:
         """Seconds that each ceiling asks for."""
@@ -70,7 +72,7 @@ class Part:
             "products": self.flops / device.peak(self.products) if self.flops else 0.0,
             "memory": self.bytes / device.bandwidth,
             "exponentials": self.exponentials / device.exponentials,
-            "link": self.sent / device.link,
+            "link": self.sent / device.link + self.messages * device.link_latency,
         }
 
     def seconds(self, device: Device) -> float:
@@ -90,7 +92,8 @@ def parts(
     batch: int,
     scheme: str = UNQUANTIZED,
     kept: float = 1.0,
-    gpus: int = 1,
+    guidance: int = 1,
+    sequence: int = 1,
 ) -> list[Part]:
     """What one GPU does in one step, in the order of the forward pass.
 
@@ -100,27 +103,24 @@ def parts(
         batch: videos in the call; 2 with guidance.
         scheme: of the blocks' linears, a name from ``SCHEMES``.
         kept: share of the attention scores that sparse attention computes; 1 is dense.
-        gpus: GPUs that share the step: first the videos of the batch, then the tokens, with an exchange of heads for
-            tokens around attention (Ulysses, arXiv:2309.14509).
+        guidance: GPUs that share the videos of the batch.
+        sequence: GPUs that share the tokens of a video, with an exchange of heads for tokens around attention (Ulysses,
+            arXiv:2309.14509).
 
     Raises:
-        ValueError: an unknown scheme, a share outside (0, 1], or more GPUs than can share the heads.
+        ValueError: an unknown scheme, a share outside (0, 1], or GPUs that cannot share the batch or the heads.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r} is not known: choose one of {', '.join(SCHEMES)}")
     if not 0 < kept <= 1:
         raise ValueError(f"kept is {kept}, expected a share above 0, at most 1 (dense)")
-    across_videos = math.gcd(batch, gpus)
-    across_tokens = gpus // across_videos
-    if config.num_attention_heads % across_tokens:
-        raise ValueError(
-            f"{gpus} GPUs share a batch of {batch}, so {across_tokens} would share {config.num_attention_heads} heads: "
-            "take a number that divides them"
-        )
-    share = _Share(config, tokens, batch // across_videos, across_tokens)
+    for what, number, size in (("videos", batch, guidance), ("heads", config.num_attention_heads, sequence)):
+        if number % size:
+            raise ValueError(f"{size} GPUs cannot share {number} {what}: take a number that divides them")
+    share = _Share(config, tokens, batch // guidance, sequence)
     used = SCHEMES[scheme]
     found = [*_linears(share, used), _attention(share, used, kept), *_glue(share, used)]
-    return [*found, _exchange(share)] if across_tokens > 1 else found
+    return found + [part for part in _exchanges(share, guidance) if part.messages]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +191,8 @@ class _Share:
         """Rows of a linear's input."""
         if kind == "video in the batch":
             return self.batch
-        return -(-self.batch * {"joint": self.tokens.joint, "video": self.tokens.video, "text": self.tokens.text}[kind]
-                 // self.across_tokens)  # fmt: skip
+        tokens = {"joint": self.tokens.joint, "video": self.tokens.video, "text": self.tokens.text}[kind]
+        return self.batch * -(-tokens // self.across_tokens)
 
     @property
     def stream(self) -> int:
@@ -256,11 +256,55 @@ def _glue(share: _Share, scheme: Scheme) -> list[Part]:
     ]
 
 
-def _exchange(share: _Share) -> Part:
-    """Queries, keys and values to the GPUs of their heads, and the result back; each keeps its own share."""
-    kept_at_home = 1 / share.across_tokens
-    sent = 4 * _HALF * share.stream * (1 - kept_at_home) * share.config.num_layers
-    return Part(name="heads for tokens", group="communication", sent=round(sent))
+def _exchanges(share: _Share, guidance: int) -> Iterator[Part]:
+    """Queries, keys and values to the GPUs of their heads, the result back, and the prediction to all; each keeps its
+    own share."""
+    config, ranks = share.config, share.across_tokens
+    sent = 4 * _HALF * share.stream * config.num_layers * (ranks - 1) // ranks
+    messages = 2 * config.num_layers if ranks > 1 else 0
+    yield Part(name="heads for tokens", group="communication", sent=sent, messages=messages)
+    patch = config.out_channels * config.patch_size**2 * (config.patch_size_t or 1)
+    gathered = share.rows("joint") * patch * _HALF * (ranks - 1)
+    predicted = share.batch * share.tokens.video * patch * _HALF * (guidance - 1)
+    gathers = (ranks > 1) + (guidance > 1)
+    yield Part(name="prediction", group="communication", sent=gathered + predicted, messages=gathers)
+
+
+def schedule_seconds(
+    schedule: StepSchedule, config: TransformerConfig, tokens: Tokens, device: Device, *, batch: int, **options: Any
+) -> list[float]:
+    """The least time of each step of a step schedule.
+
+    A step computes what is outside of the blocks for all videos, its blocks for all of them or, where the schedule
+    takes the halves of a guided call apart, for half, and reads what stands in for the others.
+
+    Args:
+        schedule: the model's.
+        config: the model's configuration.
+        tokens: of one video.
+        device: whose ceilings are taken.
+        batch: videos in the call; 2 with guidance.
+        **options: ``parts``'.
+    """
+
+    def seconds(videos: int, layers: int) -> float:
+        given = dataclasses.replace(config, num_layers=layers)
+        return sum(part.seconds(device) for part in parts(given, tokens, batch=videos, **options))
+
+    one, two = seconds(batch, 1), seconds(batch, 2)
+    outside, block = 2 * one - two, two - one
+    half = seconds(batch // 2, 2) - seconds(batch // 2, 1) if schedule.unconditional is not None else block
+    halves = schedule.unconditional or (1,) * schedule.steps
+    stream = _HALF * batch * tokens.joint * config.inner_dim / device.bandwidth
+    found = []
+    for count, both in zip(schedule.blocks, halves, strict=True):
+        is_whole = count == schedule.num_layers
+        found.append(
+            outside
+            + count * (block if both else half)
+            + (0.0 if is_whole and both else (schedule.kept_steps + 2) * stream)
+        )
+    return found
 
 
 def with_ceilings(device: Device, measured: Mapping[str, Any]) -> Device:
@@ -287,5 +331,6 @@ def with_ceilings(device: Device, measured: Mapping[str, Any]) -> Device:
 
 
 __all__ = [
-    "SCHEMES", "UNQUANTIZED", "Part", "Scheme", "Streaming", "block_bytes", "parts", "streaming", "with_ceilings",
+    "SCHEMES", "UNQUANTIZED", "Part", "Scheme", "Streaming", "block_bytes", "parts", "schedule_seconds", "streaming",
+    "with_ceilings",
 ]  # fmt: skip

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from cogx_fast.attention.attend import Mask, Rotary, RotaryNorm, attend
 from cogx_fast.attention.backends import get_backend
-from cogx_fast.attention.masks import LayerBlocks
+from cogx_fast.attention.exchange import Exchange
+from cogx_fast.attention.masks import LayerBlocks, SparseBlocks
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.layers import (
     FeedForward,
@@ -47,13 +48,22 @@ class Attention(Part):
         self.norm_k = RotaryNorm(config.attention_head_dim, self.QK_NORM_EPS)
         self.to_out = nn.ModuleList([nn.Linear(config.inner_dim, config.inner_dim)])
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary | None, mask: Mask | LayerBlocks) -> Tensor:
-        if isinstance(mask, LayerBlocks):
-            mask = mask.block_mask(x_BSD.shape[1])
+    def forward(self, x_BSD: Tensor, rotary: Rotary | None, mask: Mask | LayerBlocks | Exchange) -> Tensor:
         q_BSNK, k_BSNK, v_BSNK = self.project(x_BSD, rotary)
-        backend = self.masked_backend if self.masked_backend and isinstance(mask, Tensor) else self.backend
-        out_BSNK = attend(q_BSNK, k_BSNK, v_BSNK, backend=backend, mask=mask)
+        if isinstance(mask, Exchange):  # between here and there S is all tokens, and N this rank's heads
+            out_BSNK = self.attend(*mask.to_heads(q_BSNK, k_BSNK, v_BSNK), mask.mask)
+            out_BSNK = mask.to_tokens(out_BSNK, x_BSD.shape[1])
+        else:
+            out_BSNK = self.attend(q_BSNK, k_BSNK, v_BSNK, mask)
         return project(self.to_out[0], out_BSNK.flatten(2), reduced_next=True)
+
+    def attend(self, q_BSNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, mask: Mask | LayerBlocks | SparseBlocks) -> Tensor:
+        """Attention itself, by this layer's backend."""
+        assert not isinstance(mask, SparseBlocks), "a layer is given its own"
+        if isinstance(mask, LayerBlocks):
+            mask = mask.block_mask(q_BSNK.shape[1])
+        backend = self.masked_backend if self.masked_backend and isinstance(mask, Tensor) else self.backend
+        return attend(q_BSNK, k_BSNK, v_BSNK, backend=backend, mask=mask)
 
     def project(self, x_BSD: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, normed and rotated, each ``(B, S, N, K)``."""
@@ -110,7 +120,7 @@ class Block(Part):
         mod_B12D: Tensor,
         is_text_S1: Tensor,
         rotary: Rotary | None,
-        mask: Mask | LayerBlocks,
+        mask: Mask | LayerBlocks | Exchange,
         compute: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """One block.
@@ -120,7 +130,7 @@ class Block(Part):
             mod_B12D: this block's modulation vectors (``layers.Modulation``).
             is_text_S1: True for text tokens; all that a block knows of where the text ends.
             rotary: ``(cos_SK, sin_SK)`` from ``tables.join_rotary``, or None.
-            mask: for the attention backend, or None.
+            mask: for the attention backend, or None; an ``Exchange`` where the tokens lie on several ranks.
             compute: called with the block and these in place of ``Block.compute``, e.g. that compiled.
 
         Returns:
@@ -129,7 +139,12 @@ class Block(Part):
         return (compute or Block.compute)(self, x_BSD, mod_B12D, is_text_S1, rotary, mask)
 
     def compute(
-        self, x_BSD: Tensor, mod_B12D: Tensor, is_text_S1: Tensor, rotary: Rotary | None, mask: Mask | LayerBlocks
+        self,
+        x_BSD: Tensor,
+        mod_B12D: Tensor,
+        is_text_S1: Tensor,
+        rotary: Rotary | None,
+        mask: Mask | LayerBlocks | Exchange,
     ) -> Tensor:
         """As ``forward``, without what is attached to the block."""
         normed_BSD, add_gated = self.norm1(x_BSD, mod_B12D[:, :6], is_text_S1)
@@ -215,7 +230,6 @@ class CogVideoXTransformer(Part):
         is_text_S1 = torch.arange(x_BSD.shape[1], device=x_BSD.device)[:, None] < text_BTE.shape[1]
         return x_BSD, is_text_S1, conditioning
 
-    def head(self, x_BVD: Tensor, out_B2D: Tensor, restore_V: Tensor | None = None) -> Tensor:
-        """Video tokens to predicted patches ``patches_BVP``; ``restore_V`` undoes their order."""
-        patches_BVP = self.proj_out(self.norm_out(self.norm_final(x_BVD), out_B2D))
-        return patches_BVP if restore_V is None else patches_BVP.index_select(1, restore_V)
+    def head(self, x_BVD: Tensor, out_B2D: Tensor) -> Tensor:
+        """Video tokens to predicted patches ``patches_BVP``."""
+        return self.proj_out(self.norm_out(self.norm_final(x_BVD), out_B2D))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,8 @@ from cogx_fast.config import UPSTREAM_CLASS
 from cogx_fast.loading import load
 from cogx_fast.pipelines.memory import BudgetError, fit, read_memory
 from cogx_fast.pipelines.placement import Placement
+from cogx_fast.runtime.step_cache import StepCache
+from cogx_fast.runtime.step_schedule import Given
 
 Pipeline = TypeVar("Pipeline")
 _OWN_REFERENCES = 3
@@ -35,7 +38,7 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
             own video size, and said on stderr with the peak predicted for each phase (``pipelines.memory.fit``). Of a
             pipeline without offload.
         **options: as for ``cogx_fast.load``: ``dtype``, ``device``, ``attention``, ``attention_plan``, ``step_cache``,
-            ``compile``, ``compile_cache``, ``quant``, ``loras``, ``offload``, ``schedule``,
+            ``parallel``, ``compile``, ``compile_cache``, ``quant``, ``loras``, ``offload``, ``schedule``,
             ``keep_source``, ``check_finite``.
 
     Returns:
@@ -68,10 +71,25 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
     placement.give(model)
     model.check_attached()
     pipe.transformer = model  # type: ignore[attr-defined]
+    tell_scheduler(pipe)
     placement.hand_over(pipe, model)
     if memory is not None:
         print(fit(pipe, memory, torch.device("cuda", torch.cuda.current_device())), file=sys.stderr)  # noqa: T201
     return pipe
 
 
-__all__ = ["accelerate"]
+def tell_scheduler(pipe: Any) -> None:
+    """Warn where the step schedule of a pipeline's transformer was made with another scheduler than the pipeline's."""
+    reuse = pipe.transformer.runner.slots.reuse
+    strategy = reuse.strategy if isinstance(reuse, StepCache) else None
+    made_with = strategy.given.scheduler if isinstance(strategy, Given) else None
+    found = type(getattr(pipe, "scheduler", None)).__name__
+    if made_with not in (None, found):
+        warnings.warn(
+            f"the step schedule was made with {made_with} and the pipeline has {found}: its error is not known there; "
+            "find one for this pipeline with cogx-fast tune steps",
+            stacklevel=3,
+        )
+
+
+__all__ = ["accelerate", "tell_scheduler"]

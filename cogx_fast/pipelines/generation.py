@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,12 +20,16 @@ from cogx_fast.attention.backends import get_backend
 from cogx_fast.config import TransformerConfig
 from cogx_fast.extras import require
 from cogx_fast.model.cpu import HALF, computes, slow_dtype
+from cogx_fast.pipelines.accelerate import tell_scheduler
 from cogx_fast.pipelines.locate import Model, read_stored_weights
 from cogx_fast.pipelines.memory import OFFLOADS, estimate, place
 from cogx_fast.sizes import VideoSize, count_tokens, latent_frames
 from cogx_fast.video.files import Frames
 from cogx_fast.weights.headers import FLOATING
 from cogx_fast.weights.sources import resolve
+
+if TYPE_CHECKING:
+    from cogx_fast.runtime.parallel import ParallelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,6 +64,8 @@ class Setting:
     """LoRA files and their weights, for our transformer alone."""
     quant: str | None = None
     """Quantization recipe, of our transformer alone."""
+    parallel: ParallelConfig | None = None
+    """How steps are shared with the other processes of a job, of our transformer alone."""
     offload: str | None = None
     """On a GPU: one of ``memory.OFFLOADS``, "blocks" of our transformer alone; None chooses by its memory."""
     vae_tiling: bool | None = None
@@ -78,6 +84,7 @@ class Setting:
             ("step_cache", self.step_cache, None),
             ("loras", self.loras, ()),
             ("quant", self.quant, None),
+            ("parallel", self.parallel, None),
         )
         for name, value, unset in options:
             if self.transformer == UPSTREAM and value != unset:
@@ -208,10 +215,12 @@ def open_pipeline(
             attention_plan=setting.attention_plan,
             step_cache=setting.step_cache,
             loras=setting.loras,
+            parallel=setting.parallel,
             compile=setting.compile,
             quant=setting.quant,
         )
         pipe = pipeline_class.from_pretrained(model.location, transformer=transformer, torch_dtype=transformer.dtype)
+        tell_scheduler(pipe)
     if size is not None and is_laid_out:
         tokens = count_tokens(model.config, size, spatial_factor=model.spatial_factor)
         needs = estimate(pipe, tokens, size)

@@ -12,12 +12,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cogx_fast.attention.exchange import Exchange
 from cogx_fast.attention.masks import SparseBlocks
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.attached import Attached, AttachedError, name_of, named, on_modules, patched_forward, refuse
 from cogx_fast.runtime.calls import Calls, describe_call
 from cogx_fast.runtime.kinds import kind_of, own
-from cogx_fast.runtime.runner import CallWith, Inputs, Runner, Slots, call_eagerly, run
+from cogx_fast.runtime.runner import CallWith, ComputeBlocks, Inputs, Runner, Slots, call_eagerly, compute_all, run
+from cogx_fast.runtime.step_cache import Pattern, StepCache
 from cogx_fast.runtime.symbols import Symbols
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -28,6 +30,8 @@ _INSTEAD = (
     "num_blocks_per_group=1) with CompileConfig(scope='block'), which move what is around the compiled code; for "
     "weights in eight bits, quant='fp8-weight-only'"
 )
+MOST_GRAPHS = 4
+"""Of the whole step, for a step cache."""
 _compiling = threading.RLock()
 """Held by the one thread of the process that compiles; calls of what is compiled do not take it."""
 
@@ -177,8 +181,20 @@ class CompiledRunner(Runner):
         return [each for name, block in _blocks(model) for each in on_modules(block, name, itself=False)]
 
     def _prepare(self, model: CogVideoXTransformer) -> None:
-        def compiled(block: nn.Module, inside: list[Attached]) -> Piece:
-            return Piece(Block.compute, self._compile, self._symbols.mark_block, self._calls, inside)
+        def compiled(block: nn.Module, inside: list[Attached]) -> Callable[..., Tensor]:
+            pieces: dict[Any, Piece] = {}
+
+            def compute(*arguments: Any) -> Tensor:
+                """By the one graph for all sizes; with tokens on several ranks there are up to four."""
+                x_BSD, mask = arguments[1], arguments[-1]
+                key = mask.graph(x_BSD) if isinstance(mask, Exchange) else None
+                if key not in pieces:
+                    piece = Piece(Block.compute, self._compile, self._symbols.mark_block, self._calls, inside)
+                    pieces.setdefault(key, piece)
+                result: Tensor = pieces[key](*arguments)
+                return result
+
+            return compute
 
         self.slots = replace(self.slots, call_block=CallWith(self._by_kind(model, compiled)))
 
@@ -206,7 +222,7 @@ class WholeRunner(CompiledRunner):
         """As ``Runner.use``.
 
         Raises:
-            ValueError: a value cannot be part of a graph.
+            ValueError: a value cannot be part of a graph, or takes too many.
         """
         refuse_untraceable(slots)
         super().use(slots)
@@ -221,21 +237,59 @@ class WholeRunner(CompiledRunner):
         if self.compilation is not None and not self.compilation.config.unrolled:
             self.slots = replace(self.slots, call_block=CallWith(self._by_kind(model, _region)))
         assert self._inside is not None
-        self._whole = Piece(run, self._compile, self._mark, self._calls, self._inside)
+        self._by_pattern: dict[Pattern | None, Piece] = {}
 
-    def _own(self, inputs: Inputs) -> Inputs:
-        return own_tensors(super()._own(inputs))
+    def _piece(self, pattern: Pattern | None) -> Piece:
+        if pattern not in self._by_pattern:
+            assert self._inside is not None
+            function, mark = (run, self._mark) if pattern is None else (_run_pattern, self._mark_pattern)
+            self._by_pattern[pattern] = Piece(function, self._compile, mark, self._calls, self._inside)
+        return self._by_pattern[pattern]
 
     def _mark(self, model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> None:
         self._symbols.mark_inputs(model, inputs)
 
+    def _mark_pattern(
+        self, model: CogVideoXTransformer, slots: Slots, inputs: Inputs, pattern: Pattern, *given: Tensor | None
+    ) -> None:
+        self._symbols.mark_inputs(model, inputs)
+        self._symbols.mark_streams(model, given, half=pattern.conditional)
+
     def _run(self, model: CogVideoXTransformer, inputs: Inputs) -> Tensor:
         is_replayed = self._symbols.cuda_graphs and inputs.latents_BFCHW.is_cuda
+        slots = self._with_plan if isinstance(inputs.mask, SparseBlocks) else self.slots
+        step = slots.reuse.begin(model, inputs) if isinstance(slots.reuse, StepCache) else None
+        inputs = own_tensors(inputs)
         if is_replayed:
             torch.compiler.cudagraph_mark_step_begin()
-        slots = self._with_plan if isinstance(inputs.mask, SparseBlocks) else self.slots
-        sample = cast(Tensor, self._whole(model, slots, inputs))
+        if step is None or step.generation is None:
+            slots = slots if step is None else replace(slots, reuse=compute_all)
+            sample = cast(Tensor, self._piece(None)(model, slots, inputs))
+        else:
+            given = step.stand_in, step.difference
+            sample, x_BSD, *starts = self._piece(step.pattern)(model, slots, inputs, step.pattern, *given)
+            step.end(x_BSD, starts)
         return sample.clone() if is_replayed else sample  # the next replay writes over what was recorded
+
+
+def _run_pattern(
+    model: CogVideoXTransformer,
+    slots: Slots,
+    inputs: Inputs,
+    pattern: Pattern,
+    stand_in: Tensor | None,
+    difference: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """A step of a step cache: the prediction, then what ``Step.end`` is told."""
+    streams: list[Tensor] = []
+
+    def follow(compute: ComputeBlocks, x_BSD: Tensor, *_: Any) -> Tensor:
+        x_BSD, starts = pattern.compute(compute, x_BSD, stand_in, difference)
+        streams.extend([x_BSD, *starts])
+        return x_BSD
+
+    sample = run(model, slots, inputs, follow)
+    return sample, *streams
 
 
 def _region(block: nn.Module, inside: list[Attached]) -> Callable[..., Any] | None:
@@ -276,16 +330,18 @@ def own_tensors(inputs: Inputs) -> Inputs:
 
 
 def refuse_untraceable(slots: Slots) -> None:
-    """Refuse to compile as one graph what decides between calls of compiled code.
+    """Refuse to compile as one graph what decides between calls of compiled code, and step caches of many graphs.
 
     Raises:
-        ValueError: a slot's value does.
+        ValueError: a slot's value does, or is one.
     """
     if names := slots.untraceable():
         raise ValueError(
-            f"{', '.join(names)} (a step cache, offload='blocks') decides outside of compiled code, which a graph of "
-            "the whole step cannot: use CompileConfig(scope='block')"
+            f"{', '.join(names)} (a step cache by the first block, parallel, offload='blocks') decides outside of "
+            "compiled code, which a graph of the whole step cannot: use CompileConfig(scope='block')"
         )
+    if isinstance(slots.reuse, StepCache):
+        slots.reuse.check_patterns(MOST_GRAPHS)
 
 
 def _own(tensor: Tensor) -> Tensor:

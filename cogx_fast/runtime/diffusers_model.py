@@ -227,7 +227,8 @@ class CogVideoXTransformer3DModel(AdapterMethods, CogVideoXModel, _UpstreamInter
     def enable_parallelism(self, **_: Any) -> NoReturn:
         """Refuse to split the stream over devices."""
         raise ValueError(
-            "this model has no plan to split its one stream over devices: use diffusers' own transformer for that"
+            "diffusers' plans split the streams of its own blocks, which this model does not have: use "
+            "cogx_fast.accelerate(pipe, parallel=...)"
         )
 
 

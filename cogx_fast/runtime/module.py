@@ -25,12 +25,15 @@ from cogx_fast.runtime.runner import Runner, compute_all
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import StepSchedule
 from cogx_fast.runtime.step_schedule_file import choose_strategy
-from cogx_fast.runtime.streaming import kept_on_host
+from cogx_fast.runtime.streaming import StreamedBlocks, check_offload, kept_on_host
 from cogx_fast.weights.lora import LoraLike, read_loras
 from cogx_fast.weights.merge import Merged
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from cogx_fast.measure.explain import Explanation
+    from cogx_fast.runtime.parallel import ParallelConfig
 
 _OF_THE_VIDEO = ("sample_height", "sample_width", "sample_frames", "max_text_seq_length")
 """Fields that pipelines read for their defaults and that no weight depends on, but for learned positions."""
@@ -398,6 +401,21 @@ class CogVideoXModel(CogVideoXTransformer):
             self.merged.look(self)
             self.inputs.baked.hold(self)
             self.merged.note(self)
+
+    def set_parallel(self, parallel: ParallelConfig | DeviceMesh | None) -> None:
+        """Share each step with the other ranks of a job from the next call on, or not any more; called on all of them.
+
+        Args:
+            parallel: as ``load(parallel=…)``.
+
+        Raises:
+            ValueError: it does not fit the model, how it runs, or the number of ranks; or there is no job.
+        """
+        from cogx_fast.runtime.parallel import parallelize
+
+        if isinstance(self.runner.slots.residency, StreamedBlocks):
+            check_offload("blocks", False, parallel)
+        parallelize(self, parallel)
 
     def save_pretrained(
         self,

@@ -5,7 +5,7 @@
 | call_block | how a block is computed | eager (here); compiled (``compiled``); packaged (``package``) |
 | residency | where a block's weights are when it is called | on the device (here); streamed to it (``streaming``) |
 | reuse | which blocks a step computes | all of them (here); as a schedule says (``step_cache``) |
-| split | which part of the stream this process computes | all of it (here) |
+| split | which part of a step this process computes | all of it (here); of the batch, of the stream (``parallel``) |
 
 A runner keeps nothing of a call, so several threads may run at once.
 
@@ -18,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cogx_fast.attention.attend import Mask, Rotary
+from cogx_fast.attention.exchange import Exchange
 from cogx_fast.attention.masks import LayerBlocks, SparseBlocks
 from cogx_fast.model.layers import patchify, unpatchify
 from cogx_fast.model.transformer import Block, CogVideoXTransformer, Conditioning
@@ -63,16 +64,31 @@ class ForBlocks(NamedTuple):
     """Each layer's modulation."""
     is_text_S1: Tensor
     rotary: Rotary | None
-    mask: Mask | SparseBlocks
+    mask: Mask | SparseBlocks | Exchange
 
-    def of(self, layer: int) -> tuple[Tensor, Tensor, Rotary | None, Mask | LayerBlocks]:
+    def of(self, layer: int) -> tuple[Tensor, Tensor, Rotary | None, Mask | LayerBlocks | Exchange]:
         """That layer's modulation ``mod_B12D``, the text's selector ``is_text_S1``, rotary tables and mask."""
-        mask = self.mask.of_layer(layer) if isinstance(self.mask, SparseBlocks) else self.mask
+        mask = self.mask.of_layer(layer) if isinstance(self.mask, SparseBlocks | Exchange) else self.mask
         return self.mods_B12D[layer], self.is_text_S1, self.rotary, mask
 
+    def of_last(self, videos: int) -> ForBlocks:
+        """The same for the last videos of the batch alone; a mask has to be one for all of them."""
+        mods_BL12D = torch.stack([mod_B12D[-videos:] for mod_B12D in self.mods_B12D], 1)
+        return self._replace(mods_B12D=mods_BL12D.unbind(1))  # laid out as all of them are
 
-ComputeBlocks = Callable[[Tensor, int, int], Tensor]
-"""(x_BSD, first layer, last layer exclusive) -> x_BSD"""
+
+class ComputeBlocks(Protocol):
+    """What ``Slots.reuse`` is given to compute blocks with."""
+
+    def __call__(self, x_BSD: Tensor, first: int, last: int, /, *, videos: int | None = None) -> Tensor:
+        """The stream after the blocks from ``first`` to ``last`` exclusive.
+
+        Args:
+            x_BSD: the stream before them.
+            first: number of a block.
+            last: number of a block.
+            videos: how many of the batch's last videos the stream holds; None: all of them.
+        """
 
 
 def call_eagerly(layer: int, block: Block) -> Callable[..., Tensor]:
@@ -98,7 +114,7 @@ def on_device(blocks: Iterable[Any], first: int, last: int, device: torch.device
 
 
 def compute_all(
-    compute: ComputeBlocks, x_BSD: Tensor, num_layers: int, model: CogVideoXTransformer, timestep_B: Tensor
+    compute: ComputeBlocks, x_BSD: Tensor, num_layers: int, model: CogVideoXTransformer, inputs: Inputs
 ) -> Tensor:
     """Every block in every step."""
     stream = [x_BSD]
@@ -106,16 +122,27 @@ def compute_all(
     return compute(stream.pop(), 0, num_layers)
 
 
+Reuse = Callable[[ComputeBlocks, Tensor, int, CogVideoXTransformer, Inputs], Tensor]
+"""(computes blocks, x_BSD before them, their number, model, the call's inputs) -> x_BSD after them"""
+
+
 class Whole:
-    """The whole stream in this process."""
+    """The whole step in this process."""
+
+    def check(self, slots: Slots) -> None:
+        """Refuse other slots' values that cannot work with this one."""
+
+    def step(self, model: CogVideoXTransformer, inputs: Inputs, compute: Callable[[Inputs], Tensor]) -> Tensor:
+        """The prediction for all videos: of those that this process computes, and of the others."""
+        return compute(inputs)
 
     def enter(self, x_BSD: Tensor, inputs: ForBlocks) -> tuple[Tensor, ForBlocks]:
         """Before the blocks: this process's part of the stream and of what goes with it."""
         return x_BSD, inputs
 
-    def leave(self, x_BSD: Tensor) -> Tensor:
-        """After them: the whole stream again."""
-        return x_BSD
+    def leave(self, x_BSD: Tensor, text_len: int, video_len: int, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """After them: ``patches_BVP``, which ``head`` makes of any tokens."""
+        return head(x_BSD[:, text_len:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +154,7 @@ class Slots:
     call_block: Callable[[int, Block], Callable[..., Tensor]] = call_eagerly
     head: Callable[..., Tensor] = CogVideoXTransformer.head
     residency: Callable[..., Iterable[tuple[int, Block]]] = on_device
-    reuse: Callable[[ComputeBlocks, Tensor, int, CogVideoXTransformer, Tensor], Tensor] = compute_all
+    reuse: Reuse = compute_all
     split: Whole = Whole()  # noqa: RUF009  # it holds nothing
 
     def untraceable(self) -> list[str]:
@@ -136,8 +163,19 @@ class Slots:
         return [name for name, value in values if not getattr(value, "is_traceable", True)]
 
 
-def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
-    """One step: the prediction, ``(B, F, C_out, H, W)`` in the latents' dtype (H and W down to whole patches)."""
+def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs, reuse: Reuse | None = None) -> Tensor:
+    """One step: the prediction, ``(B, F, C_out, H, W)`` in the latents' dtype (H and W down to whole patches).
+
+    Args:
+        model: whose parts are computed.
+        slots: how each is.
+        inputs: the call's.
+        reuse: in the place of ``slots.reuse``.
+    """
+    return slots.split.step(model, inputs, lambda part: _step(model, slots, part, reuse or slots.reuse))
+
+
+def _step(model: CogVideoXTransformer, slots: Slots, inputs: Inputs, reuse: Reuse) -> Tensor:
     latents_BFCHW, text_BTE, timestep_B, ofs_B, rotary, position_1SD, mask, table = inputs
     looked_up = None if table is None else table.look_up(timestep_B)
     order_V, restore_V = mask.order if isinstance(mask, SparseBlocks) else (None, None)
@@ -146,22 +184,27 @@ def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> Tensor:
         model, patchify(latents_BFCHW, *patch), text_BTE, timestep_B, ofs_B, position_1SD, order_V, looked_up
     )
     for_blocks = ForBlocks(conditioning.mod_BL12D.unbind(1), is_text_S1, rotary, mask)
+    text_len, tokens = text_BTE.shape[1], x_BSD.shape[1]
     x_BSD, for_blocks = slots.split.enter(x_BSD, for_blocks)
     is_checkpointed = model.gradient_checkpointing and torch.is_grad_enabled()
 
-    def compute(x_BSD: Tensor, first: int, last: int) -> Tensor:
+    def compute(x_BSD: Tensor, first: int, last: int, /, *, videos: int | None = None) -> Tensor:
+        given = for_blocks if videos is None else for_blocks.of_last(videos)
         for layer, block in slots.residency(model.transformer_blocks, first, last, x_BSD.device):
             call = slots.call_block(layer, block)
             if is_checkpointed:
                 call = partial(model._gradient_checkpointing_func or _checkpoint, call)
-            x_BSD = call(x_BSD, *for_blocks.of(layer))
+            x_BSD = call(x_BSD, *given.of(layer))
         return x_BSD
 
     stream = [x_BSD]
     del x_BSD
-    x_BSD = slots.reuse(compute, stream.pop(), len(model.transformer_blocks), model, timestep_B)
-    x_BSD = slots.split.leave(x_BSD)
-    patches_BVP = slots.head(model, x_BSD[:, text_BTE.shape[1] :], conditioning.out_B2D, restore_V)
+    x_BSD = reuse(compute, stream.pop(), len(model.transformer_blocks), model, inputs)
+    patches_BVP = slots.split.leave(
+        x_BSD, text_len, tokens - text_len, lambda part: slots.head(model, part, conditioning.out_B2D)
+    )
+    if restore_V is not None:
+        patches_BVP = patches_BVP.index_select(1, restore_V)
     return unpatchify(patches_BVP, latents_BFCHW.shape, *patch)
 
 
@@ -192,6 +235,7 @@ class Runner:
 
     def use(self, slots: Slots) -> None:
         """Run with other slots from the next step on; ``begin``, ``call_block`` and ``head`` stay the runner's own."""
+        slots.split.check(slots)
         mine = self.slots
         self.slots = replace(slots, begin=mine.begin, call_block=mine.call_block, head=mine.head)
 
@@ -221,6 +265,6 @@ class Runner:
 
 
 __all__ = [
-    "CallWith", "ComputeBlocks", "ForBlocks", "Inputs", "Runner", "Slots", "Whole", "call_eagerly", "compute_all",
-    "on_device", "run",
+    "CallWith", "ComputeBlocks", "ForBlocks", "Inputs", "Reuse", "Runner", "Slots", "Whole", "call_eagerly",
+    "compute_all", "on_device", "run",
 ]  # fmt: skip

@@ -21,10 +21,14 @@ from cogx_fast.config import TransformerConfig
 if TYPE_CHECKING:
     from cogx_fast.model.transformer import CogVideoXTransformer
 
-Forecast = Literal["reuse", "linear"]
-FORECASTS: tuple[Forecast, ...] = ("reuse", "linear")
-"""What stands in for blocks that are not computed: what they added in the last whole step; or a line through what they
-added in the last two."""
+Forecast = Literal["reuse", "linear", "fitted"]
+FORECASTS: tuple[Forecast, ...] = ("reuse", "linear", "fitted")
+"""What stands in for blocks that are not computed: what they added in the last whole step; a line through what they
+added in the last two; or a sum of what they added in the last few, by weights that the schedule holds."""
+
+
+MOST_KEPT = 3
+"""Whole steps of which something is kept."""
 
 
 class StepCacheError(ValueError):
@@ -45,8 +49,15 @@ class StepSchedule:
     """The model's."""
     forecast: Forecast = "reuse"
     """One of ``FORECASTS``."""
+    weights: tuple[tuple[float, ...], ...] | None = None
+    """With "fitted", for each step by how much the last whole steps count, the last one first; () for a whole step."""
+    unconditional: tuple[int, ...] | None = None
+    """Guidance caching: for each step 1 where it computes both halves of a guided call's batch, 0 where the conditional
+    one alone; steps that are not whole compute that alone. None: the halves are never taken apart."""
     scheduler: str | None = None
-    """The class of the scheduler that it was made with, for whoever reads it: a model does not see its scheduler."""
+    """The class of the scheduler that it was made with. A model does not see its scheduler; pipelines are checked."""
+    timesteps: tuple[int, ...] | None = None
+    """Those that it was made with; others are told."""
     config_hash: str | None = None
     """``hash_config`` of the model that it is for; None: any of so many layers."""
     error: float | None = None
@@ -67,6 +78,36 @@ class StepSchedule:
             )
         if self.forecast not in FORECASTS:
             raise StepCacheError(f"forecast is {self.forecast!r}, expected one of {', '.join(FORECASTS)}")
+        if (self.weights is None) == (self.forecast == "fitted"):
+            raise StepCacheError("weights go with the forecast 'fitted', and that with weights")
+        if self.weights is not None:
+            self._check_weights(self.weights)
+        if self.unconditional is not None:
+            self._check_halves(self.unconditional)
+        if self.timesteps is not None and len(self.timesteps) != self.steps:
+            raise StepCacheError(f"there are {len(self.timesteps)} timesteps for {self.steps} steps")
+
+    def _check_weights(self, weights: tuple[tuple[float, ...], ...]) -> None:
+        if len(weights) != self.steps:
+            raise StepCacheError(f"there are weights for {len(weights)} steps, expected {self.steps}")
+        for step, (count, given) in enumerate(zip(self.blocks, weights, strict=True)):
+            wanted = range(1) if count == self.num_layers else range(1, MOST_KEPT + 1)
+            if len(given) not in wanted or not all(map(math.isfinite, given)):
+                raise StepCacheError(
+                    f"step {step} has the weights {list(given)}, expected 1 to {MOST_KEPT} numbers, none in whole steps"
+                )
+
+    def _check_halves(self, unconditional: tuple[int, ...]) -> None:
+        if len(unconditional) != self.steps or not set(unconditional) <= {0, 1}:
+            raise StepCacheError(f"unconditional is {unconditional}, expected a 0 or 1 for each of {self.steps} steps")
+        if not unconditional[0]:
+            raise StepCacheError("the first step computes one half of the batch, and nothing stands in for the other")
+        partial = [step for step, count in enumerate(self.blocks) if count < self.num_layers and unconditional[step]]
+        if partial:
+            raise StepCacheError(
+                f"step {partial[0]} is not whole, so it computes the conditional half alone: its place in "
+                "unconditional is 0"
+            )
 
     @property
     def steps(self) -> int:
@@ -74,9 +115,34 @@ class StepSchedule:
         return len(self.blocks)
 
     @property
+    def starts(self) -> tuple[int, ...]:
+        """The numbers of first blocks that steps compute which are not whole."""
+        return tuple(sorted({*self.blocks} - {self.num_layers}))
+
+    @property
+    def kept_steps(self) -> int:
+        """Of how many whole steps something is kept."""
+        return max(map(len, self.weights or [()])) or 1 + (self.forecast == "linear")
+
+    def weights_at(self, step: int, kept: Sequence[int]) -> tuple[float, ...]:
+        """By how much what was kept counts in a step.
+
+        Args:
+            step: its number.
+            kept: in which steps something was, the last first; one or more.
+        """
+        if self.forecast == "linear" and len(kept) > 1:
+            part = (step - kept[0]) / (kept[0] - kept[1])
+            return 1 + part, -part
+        fitted = self.weights[step] if self.weights is not None else ()
+        return fitted if 0 < len(fitted) <= len(kept) else (1.0,)
+
+    @property
     def speedup(self) -> float:
-        """How many times fewer blocks are computed than without it."""
-        return self.num_layers * self.steps / sum(self.blocks)
+        """How many times fewer blocks are computed than without it, for each half of the batch; in a guided call."""
+        halves = [1] * self.steps if self.unconditional is None else self.unconditional
+        computed = sum(count * (1 + both) / 2 for count, both in zip(self.blocks, halves, strict=True))
+        return self.num_layers * self.steps / computed
 
     def check(self, config: TransformerConfig) -> None:
         """See that it is for that configuration.
@@ -91,13 +157,26 @@ class StepSchedule:
             )
 
     def for_steps(self, steps: int) -> StepSchedule:
-        """The same for another number of steps: each does as the step at its place in the schedule does."""
+        """The same for another number of steps: each does as the step at its place in the schedule does.
+
+        Weights that were fitted belong to their steps; a line takes their place.
+        """
         if steps == self.steps:
             return self
         last = self.steps - 1
         places = [round(step * last / max(1, steps - 1)) for step in range(steps)]
         blocks = (self.num_layers, *(self.blocks[place] for place in places[1:]))
-        return dataclasses.replace(self, blocks=blocks, error=None)
+        halves = self.unconditional and (1, *(self.unconditional[place] for place in places[1:]))
+        forecast: Forecast = "linear" if self.forecast == "fitted" else self.forecast
+        return dataclasses.replace(
+            self, blocks=blocks, forecast=forecast, weights=None, unconditional=halves, timesteps=None, error=None
+        )
+
+    def is_made_for(self, timesteps: Sequence[float]) -> bool:
+        """Whether these are its own; a scheduler may give them as whole numbers or not."""
+        return self.timesteps is None or all(
+            abs(mine - other) <= 1 for mine, other in zip(self.timesteps, timesteps, strict=True)
+        )
 
 
 class Strategy(Protocol):
@@ -109,7 +188,8 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True)
 class Given:
-    """A schedule that is there already; for another number of steps it is adapted, with a warning."""
+    """A schedule that is there already; for another number of steps it is adapted, with a warning; other timesteps are
+    told."""
 
     given: StepSchedule
 
@@ -119,6 +199,13 @@ class Given:
             warnings.warn(
                 f"the step schedule is for {self.given.steps} steps and the video is made in {len(timesteps)}: it is "
                 "adapted, and its error is not known; take one that is made for so many steps",
+                stacklevel=2,
+            )
+        elif not self.given.is_made_for(timesteps):
+            warnings.warn(
+                f"the step schedule is for timesteps from {self.given.timesteps[0]} to {self.given.timesteps[-1]} "  # type: ignore[index]
+                f"and the scheduler has {timesteps[0]:g} to {timesteps[-1]:g}, spaced in another way: its error is not "
+                "known; take one that is made with this scheduler",
                 stacklevel=2,
             )
         return self.given.for_steps(len(timesteps))
@@ -147,33 +234,53 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class Even:
-    """Whole steps first and last and evenly between, so many that ``speedup`` times fewer blocks are computed.
+class Spaced:
+    """Whole steps at growing distances, so many that ``speedup`` times fewer blocks are computed.
 
-    In the other steps no block is, and what they would add lies on a line through the last two whole steps.
+    At the beginning, where the picture's layout is decided, they follow each other; of n in N steps number k is step
+    N (k / n) ** 1.8. In the other steps no block is computed, and what they would add lies half-way between the line
+    through the last two whole steps and the parabola through the last three.
     """
 
     name: str
     speedup: float
-    whole_at_first: float
-    """Part of the steps at the beginning that are whole: there the picture's layout is decided."""
 
     def schedule(self, model: CogVideoXTransformer, timesteps: Sequence[float]) -> StepSchedule:
         """The schedule for so many steps."""
         steps, layers = len(timesteps), len(model.transformer_blocks)
-        begin = min(steps, max(1, math.ceil(steps * self.whole_at_first)))
-        whole = set(range(begin)) | {steps - 1}
-        more = max(0, math.ceil(steps / self.speedup) - len(whole))
-        between = steps - 1 - begin
-        whole |= {begin + math.floor((number + 0.5) * between / more) for number in range(min(more, between))}
+        count = math.ceil(steps / self.speedup)
+        whole: list[int] = []
+        for number in range(count):
+            place = round((steps - 1) * (number / max(1, count - 1)) ** _GROWTH)
+            whole.append(max(place, whole[-1] + 1 if whole else 0))
         blocks = tuple(layers if step in whole else 0 for step in range(steps))
-        return StepSchedule(blocks=blocks, num_layers=layers, forecast="linear", origin=f"{self.name!r}")
+        weights = tuple(
+            () if step in whole else _half_bent(step, [each for each in reversed(whole) if each < step][:MOST_KEPT])
+            for step in range(steps)
+        )
+        return StepSchedule(
+            blocks=blocks, num_layers=layers, forecast="fitted", weights=weights, origin=f"{self.name!r}"
+        )
 
 
-EVEN = {
-    "quality": Even("quality", 1.5, 0.2),
-    "balanced": Even("balanced", 2.0, 0.1),
-    "fast": Even("fast", 3.0, 0.1),
+_GROWTH = 1.8
+"""Of the whole steps' distances: what dynamic programming finds for the tiny model looks like it."""
+
+
+def _half_bent(step: int, sources: Sequence[int]) -> tuple[float, ...]:
+    """Weights of what was added in up to three steps for the mean of the line and the parabola through them."""
+
+    def through(points: Sequence[int]) -> list[float]:
+        return [math.prod((step - other) / (each - other) for other in points if other != each) for each in points]
+
+    line = [*through(sources[:2]), 0.0][: len(sources)]
+    return tuple((straight + bent) / 2 for straight, bent in zip(line, through(sources), strict=True))
+
+
+NAMED = {
+    "quality": Spaced("quality", 1.5),
+    "balanced": Spaced("balanced", 2.0),
+    "fast": Spaced("fast", 3.0),
 }
 """The named ones. What they do to the tiny model's videos: benchmarks/NOTES.md."""
 
@@ -254,8 +361,8 @@ class FirstBlock:
 
 __all__ = [
     "COEFFICIENTS",
-    "EVEN",
     "FORECASTS",
+    "NAMED",
     "FirstBlock",
     "Forecast",
     "StepCacheError",

@@ -13,7 +13,7 @@ from typing import Any
 from cogx_fast.attention.plan_file import write_whole
 from cogx_fast.config import TransformerConfig
 from cogx_fast.runtime.step_schedule import (
-    EVEN,
+    NAMED,
     FirstBlock,
     Given,
     Mask,
@@ -58,8 +58,8 @@ def choose_strategy(
     if not isinstance(value, str | os.PathLike):
         raise StepCacheError(f"step_cache is a {type(value).__name__}, expected a StepSchedule, a name or a file")
     text = os.fspath(value)
-    if text in EVEN:
-        return EVEN[text]
+    if text in NAMED:
+        return NAMED[text]
     name, colon, argument = text.partition(":")
     if colon and name == "mask":
         marks = [mark.strip() for mark in argument.split(",")]
@@ -79,7 +79,7 @@ def choose_strategy(
     if text.endswith(".toml") or Path(text).is_file():
         return choose_strategy(read_schedule(text), config)
     raise StepCacheError(
-        f"step_cache is {text!r}, expected {', '.join(EVEN)}, 'teacache:0.2', 'mask:1,1,0,…', 'first-block:0.08' or "
+        f"step_cache is {text!r}, expected {', '.join(NAMED)}, 'teacache:0.2', 'mask:1,1,0,…', 'first-block:0.08' or "
         "the .toml file of a schedule"
     )
 
@@ -128,14 +128,22 @@ def _parse(data: dict[str, Any]) -> StepSchedule:
     missing = sorted({"blocks", "num_layers"} - set(data))
     if missing:
         raise StepCacheError(f"{', '.join(missing)} is missing")
-    blocks = data["blocks"]
-    if not isinstance(blocks, list) or not all(isinstance(each, int) and not isinstance(each, bool) for each in blocks):
-        raise StepCacheError(f"blocks is {str(blocks)[:80]}, expected a list of whole numbers, one for each step")
-    values: dict[str, Any] = {name: data[name] for name in _TYPES if name in data}
+    lists: dict[str, Any] = {name: data[name] for name in ("blocks", "unconditional", "timesteps") if name in data}
+    for name, value in lists.items():
+        if not isinstance(value, list) or any(not isinstance(each, int) or isinstance(each, bool) for each in value):
+            raise StepCacheError(f"{name} is {str(value)[:80]}, expected a list of whole numbers, one for each step")
+    weights = data.get("weights")
+    if weights is not None:
+        rows = weights if isinstance(weights, list) else [weights]
+        if any(not isinstance(row, list) or any(type(each) not in (int, float) for each in row) for row in rows):
+            raise StepCacheError(f"weights is {str(weights)[:80]}, expected a list of numbers for each step")
+        lists["weights"] = [tuple(map(float, row)) for row in rows]
+    values = {name: data[name] for name in _TYPES if name in data}
     for name, value in values.items():
         if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
             raise StepCacheError(f"{name} is {value!r}, expected a {' or '.join(t.__name__ for t in _TYPES[name])}")
-    return StepSchedule(blocks=tuple(blocks), **values)
+    values |= {name: tuple(value) for name, value in lists.items()}
+    return StepSchedule(**values)
 
 
 __all__ = ["choose_strategy", "read_schedule", "render_schedule", "write_schedule"]

@@ -30,8 +30,6 @@ from cogx_fast.runtime.tensors import hash_block, plain_tensors, unflatten
 if TYPE_CHECKING:
     from cogx_fast.runtime.compile import CompileConfig
 
-OFFLOADS = ("blocks",)
-"""What ``load(offload=…)`` takes."""
 SLOTS = 2
 """One to compute from, one to copy to: copies are as fast with more, since each is the whole link's."""
 _ALIGNMENT = 256  # bytes; what CUDA's allocator and its libraries' vector loads go by
@@ -93,7 +91,7 @@ class InOrder:
 
 
 def copies_to(device: torch.device) -> Copies:
-    """How copies are made to that device."""
+    """How copies are made there."""
     return SideStream(device) if device.type == "cuda" else InOrder()
 
 
@@ -347,20 +345,24 @@ def kept_on_host(model: Any, convert: Callable[[Tensor], Tensor]) -> Iterator[No
             holder.release(elsewhere_than=model.device)
 
 
-def check_offload(offload: Any, compile: bool | CompileConfig) -> None:
+def check_offload(offload: Any, compile: bool | CompileConfig, parallel: Any = None) -> None:
     """Refuse what streamed blocks do not go with, before anything is loaded.
 
     Args:
-        offload, compile: as of ``cogx_fast.load``.
+        offload, compile, parallel: as of ``cogx_fast.load``.
 
     Raises:
-        OffloadError: another kind of offload, or a graph of the whole step.
+        OffloadError: another kind of offload, a graph of the whole step, or steps that are shared.
     """
     if offload is None:
         return
-    if offload not in OFFLOADS:
+    if offload != "blocks":
         raise OffloadError(
             f"offload is {offload!r}, expected 'blocks' or None (pipelines have enable_model_cpu_offload())"
+        )
+    if parallel is not None:
+        raise OffloadError(
+            "offload='blocks' does not go with parallel=..., whose GPUs have room for a model: leave one out"
         )
     scope, graphs = getattr(compile, "scope", "block"), getattr(compile, "cuda_graphs", False)
     if graphs:
@@ -393,6 +395,6 @@ def _extent(shape: Iterable[int], stride: Iterable[int]) -> int:
 
 
 __all__ = [
-    "OFFLOADS", "SLOTS", "Copies", "HostPart", "Offload", "OffloadError", "StreamedBlocks", "check_offload",
+    "SLOTS", "Copies", "HostPart", "Offload", "OffloadError", "StreamedBlocks", "check_offload",
     "copies_to", "kept_on_host", "stream_blocks", "streamed_blocks",
 ]  # fmt: skip

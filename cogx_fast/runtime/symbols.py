@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cogx_fast.attention.attend import Mask, Rotary
+from cogx_fast.attention.exchange import Exchange
 from cogx_fast.attention.masks import LayerBlocks, SparseBlocks
 from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.runtime.runner import Inputs
@@ -44,6 +45,10 @@ class Symbols:
         self._mark(table or (), 0)
         self._mark_tokens(model, rotary, mask)
 
+    def mark_streams(self, model: nn.Module, streams: Sequence[Tensor | None], *, half: bool) -> None:
+        """What a step cache gives to a graph of the whole step: (B, S, D), or with ``half`` of half the batch."""
+        self._mark(streams, 1, batch_of=model, shape="half" if half else "batch")
+
     def mark_block(
         self,
         block: nn.Module,
@@ -51,31 +56,40 @@ class Symbols:
         mod_B12D: Tensor,
         is_text_S1: Tensor,
         rotary: Rotary | None,
-        mask: Mask | LayerBlocks,
+        mask: Mask | LayerBlocks | Exchange,
     ) -> None:
         """For a graph of one block; the arguments are ``Block.compute``'s."""
-        self._mark((x_BSD, mod_B12D), batch_of=block)
+        self._mark((x_BSD, mod_B12D), batch_of=block, one_apart=isinstance(mask, Exchange) and len(x_BSD) == 1)
         self._mark((x_BSD,), 1)
         self._mark((is_text_S1,), 0)
         self._mark_tokens(block, rotary, mask)
 
-    def _mark(self, tensors: tuple[Tensor | None, ...], *dims: int, batch_of: nn.Module | None = None) -> None:
+    def _mark(
+        self,
+        tensors: Sequence[Tensor | None],
+        *dims: int,
+        batch_of: nn.Module | None = None,
+        one_apart: bool = False,
+        shape: Literal["batch", "half"] = "batch",
+    ) -> None:
         """Have torch take these dimensions as symbols; with ``batch_of``, the module called, dimension 0 is B.
 
         An ordinary symbol is never 1: torch compiles sizes of 1 apart. So B is an unbacked one, which holds for 1 too
         (measured: benchmarks/NOTES.md) and of which torch must know that it is not 0: quantizing of activations asks.
+        Not so for one video of an ``Exchange``, which has a graph of its own.
         """
         if not self.dynamic:
             return
         from torch._dynamo.decorators import mark_dynamic, mark_unbacked
 
         present = [tensor for tensor in tensors if tensor is not None]
-        is_one_apart = batch_of is not None and self._is_one_apart(present, batch_of)
+        is_one_apart = one_apart or (batch_of is not None and self._is_one_apart(present, batch_of))
         for tensor in present:
             if is_one_apart:
                 mark_dynamic(tensor, 0)
             elif batch_of is not None:
-                mark_unbacked(tensor, 0, hint_override=_BATCH_HINT, shape_id="batch", **_batch_bounds(mark_unbacked))
+                hint = _BATCH_HINT if shape == "batch" else _BATCH_HINT // 2
+                mark_unbacked(tensor, 0, hint_override=hint, shape_id=shape, **_batch_bounds(mark_unbacked))
             if dims and getattr(tensor, "_dynamo_dynamic_indices", None) != {*dims}:
                 mark_dynamic(tensor, list(dims))
 
@@ -100,8 +114,13 @@ class Symbols:
         is_differentiated = any(tensor.requires_grad for tensor in (*tensors, *module.parameters()))
         return asks and torch.is_grad_enabled() and is_differentiated
 
-    def _mark_tokens(self, module: nn.Module, rotary: Rotary | None, mask: Mask | LayerBlocks | SparseBlocks) -> None:
+    def _mark_tokens(
+        self, module: nn.Module, rotary: Rotary | None, mask: Mask | LayerBlocks | SparseBlocks | Exchange
+    ) -> None:
         self._mark(rotary or (), 0)
+        if isinstance(mask, Exchange):
+            self._mark((mask.whole_S,), 0)
+            mask = mask.mask
         if isinstance(mask, LayerBlocks | SparseBlocks):
             self._mark((mask.counts_PQ,), 1)
             self._mark((mask.columns_PQQ,), 1, 2)

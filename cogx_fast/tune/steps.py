@@ -1,9 +1,11 @@
 """Find a step schedule for a pipeline: record what the blocks add in each step, then choose which steps to compute.
 
-A few videos are made whole. In each step, for a sample of the video's tokens, what the blocks added is kept; so for
-every pair of steps it is known how far the guided prediction of the later one is off when the earlier one's part stands
-in. How much of that reaches the final latents follows from the scheduler's noise levels. Dynamic programming finds the
-whole steps for which the sum of those errors is least; the schedule is then run, and holds the error that it made.
+A few videos are made whole. In each step, for a sample of the video's tokens, it is recorded what this and every
+earlier step's blocks would do to the guided prediction (the head's derivative along what they added), as products of
+all pairs. So for any earlier steps the weights are known with which a sum of their parts is nearest to this step's own,
+and how far it is off. How much of that reaches the final latents follows from the scheduler's noise levels. Dynamic
+programming finds the whole steps for which the sum of those errors is least, with what the last two of them added; the
+schedule is then run, and holds the error that it made.
 """
 
 from __future__ import annotations
@@ -24,15 +26,19 @@ from torch import Tensor
 
 from cogx_fast.attention.plan import hash_config, hash_weights
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.runner import ComputeBlocks, Runner, Slots
+from cogx_fast.runtime.runner import ComputeBlocks, Inputs, Runner, Slots
 from cogx_fast.runtime.step_cache import StepCache
-from cogx_fast.runtime.step_schedule import FORECASTS, Forecast, Given, StepCacheError, StepSchedule
+from cogx_fast.runtime.step_schedule import Given, StepCacheError, StepSchedule
 
 if TYPE_CHECKING:
     from cogx_fast.model.transformer import CogVideoXTransformer
     from cogx_fast.pipelines.generation import Request
 
-Errors = np.ndarray[Any, np.dtype[np.float64]]
+Array = np.ndarray[Any, np.dtype[np.float64]]
+_BEGINNING = 3
+"""Steps that are always whole."""
+_RIDGE = 1e-4
+"""Part of the sources' squares that is added to each: weights of sources that differ little stay small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +49,6 @@ class Found:
     """Its ``error`` is the mean over the requests, of the final latents, relative (2-norm)."""
     worst: float
     """The largest one."""
-    measured: dict[str, float]
-    """The mean error with each forecast."""
     bounds: tuple[float, ...]
     """For 1, 2, … whole steps the least sum of predicted errors, as a part of that of one whole step."""
 
@@ -66,7 +70,7 @@ def find_schedule(
         speedup: more than 1.
         tokens: of the video, sampled.
         state: a file where what was recorded is kept after every request, so that a search that was stopped goes on.
-        on_step: called with the number of denoising steps done, of ``1 + len(FORECASTS)`` times those of all requests.
+        on_step: called with the number of denoising steps done, of twice those of all requests.
 
     Raises:
         StepCacheError: (a ValueError) the pipeline or the requests are not as said above, or the file is of another
@@ -94,7 +98,7 @@ def find_schedule(
 
     recorded = _Recorded.open(state, _key(model, pipe, requests, tokens), steps)
     for request in requests[len(recorded.latents) :]:
-        recorder = _Recorder(request.guidance, tokens, recorded.errors)
+        recorder = _Recorder(request.guidance, tokens, recorded.products)
         model.runner = Runner(Slots(reuse=recorder, head=recorder.head))
         try:
             latents = run_latents(run_pipeline, pipe, request, count)
@@ -103,33 +107,33 @@ def find_schedule(
         recorded.latents.append(latents.numpy())
         recorded.save(state)
     done = steps * len(requests)
-    weights = _weights(pipe.scheduler, steps)
-    choices, bounds = _choose(recorded.errors, weights)
+    pipe.scheduler.set_timesteps(steps)  # nothing has run yet, where all was recorded before
+    reaches = _reaches(pipe.scheduler, steps)
+    costs = _costs(recorded.products, reaches)
+    _, bounds = _choose(costs)
+    choices, _ = _choose(_with_beginning(costs, min(_BEGINNING, whole)))
     layers = model.config.num_layers
     made = StepSchedule(
         blocks=tuple(layers if step in choices[whole] else 0 for step in range(steps)),
         num_layers=layers,
+        forecast="fitted",
+        weights=_weights(recorded.products, choices[whole]),
         scheduler=type(pipe.scheduler).__name__,
+        timesteps=tuple(round(float(timestep)) for timestep in pipe.scheduler.timesteps),
         config_hash=hash_config(model.config),
         origin=f"cogx-fast tune steps: {whole} of {steps} steps whole, {len(requests)} prompts",
     )
-    errors: dict[Forecast, list[float]] = {}
-    for forecast in FORECASTS:
-        tried = dataclasses.replace(made, forecast=forecast)
-        model.runner.use(dataclasses.replace(model.runner.slots, reuse=StepCache(Given(tried))))
-        try:
-            errors[forecast] = [
-                _error(run_latents(run_pipeline, pipe, request, count), torch.from_numpy(wanted))
-                for request, wanted in zip(requests, recorded.latents, strict=True)
-            ]
-        finally:
-            model.runner = Runner()
-    means = {forecast: float(np.mean(each)) for forecast, each in errors.items()}
-    best = min(means, key=means.__getitem__)
+    model.runner.use(dataclasses.replace(model.runner.slots, reuse=StepCache(Given(made))))
+    try:
+        errors = [
+            _error(run_latents(run_pipeline, pipe, request, count), torch.from_numpy(wanted))
+            for request, wanted in zip(requests, recorded.latents, strict=True)
+        ]
+    finally:
+        model.runner = Runner()
     return Found(
-        schedule=dataclasses.replace(made, forecast=best, error=means[best]),
-        worst=max(errors[best]),
-        measured={str(forecast): mean for forecast, mean in means.items()},
+        schedule=dataclasses.replace(made, error=float(np.mean(errors))),
+        worst=max(errors),
         bounds=tuple(bound / bounds[0] for bound in bounds),
     )
 
@@ -162,19 +166,19 @@ class _Recorder:
     Args:
         guidance: of the run; 1 and less is none.
         tokens: sampled.
-        errors: to which this run's are added: (step whose part stands in, step).
+        products: (step, source, source) to which this run's are added, as parts of the step's own square.
     """
 
     is_traceable = False
 
-    def __init__(self, guidance: float, tokens: int, errors: Errors) -> None:
-        self._guidance, self._tokens, self._errors = guidance, tokens, errors
+    def __init__(self, guidance: float, tokens: int, products: Array) -> None:
+        self._guidance, self._tokens, self._products = guidance, tokens, products
         self._added: list[Tensor] = []
         self._rows: Tensor | None = None
         self._stream: list[Tensor] = []
 
     def __call__(
-        self, compute: ComputeBlocks, x_BSD: Tensor, num_layers: int, model: CogVideoXTransformer, timestep_B: Tensor
+        self, compute: ComputeBlocks, x_BSD: Tensor, num_layers: int, model: CogVideoXTransformer, inputs: Inputs
     ) -> Tensor:
         """Every block."""
         begun = x_BSD
@@ -182,10 +186,8 @@ class _Recorder:
         self._stream = [begun, x_BSD]
         return x_BSD
 
-    def head(
-        self, model: CogVideoXTransformer, x_BVD: Tensor, out_B2D: Tensor, restore_V: Tensor | None = None
-    ) -> Tensor:
-        """The model's; what each earlier step's part would have made of this one is compared with it."""
+    def head(self, model: CogVideoXTransformer, x_BVD: Tensor, out_B2D: Tensor) -> Tensor:
+        """The model's; beside it, what every step's part so far does to this one's prediction."""
         begun, done = self._stream
         self._stream = []
         text = done.shape[1] - x_BVD.shape[1]
@@ -194,13 +196,13 @@ class _Recorder:
             chosen = torch.randperm(x_BVD.shape[1], generator=generator)[: self._tokens]
             self._rows = (text + chosen).to(x_BVD.device)
         begun, done = begun.index_select(1, self._rows), done.index_select(1, self._rows)
-        step = len(self._added)
-        exact = self._guided(model.head(done, out_B2D))
-        for earlier, added in enumerate(self._added):
-            instead = self._guided(model.head(begun + added.to(begun), out_B2D))
-            self._errors[earlier, step] += float((instead - exact).norm() / exact.norm())
-        self._added.append((done - begun).cpu())
-        return model.head(x_BVD, out_B2D, restore_V)
+        self._added.append(done - begun)
+        does = [self._guided(_along(lambda x: model.head(x, out_B2D), done, added)) for added in self._added]
+        does_SP = torch.stack([each.flatten() for each in does]).double()
+        exact = self._guided(model.head(done, out_B2D)).double().square().sum()
+        step = len(self._added) - 1
+        self._products[step, : step + 1, : step + 1] += (does_SP @ does_SP.T / exact).cpu().numpy()
+        return model.head(x_BVD, out_B2D)
 
     def _guided(self, patches_BVP: Tensor) -> Tensor:
         if self._guidance <= 1 or patches_BVP.shape[0] % 2:
@@ -209,7 +211,13 @@ class _Recorder:
         return without + self._guidance * (with_prompt - without)
 
 
-def _weights(scheduler: Any, steps: int) -> list[float]:
+def _along(function: Callable[[Tensor], Tensor], at: Tensor, direction: Tensor) -> Tensor:
+    """The derivative of a function along a direction."""
+    derivative: Tensor = torch.func.jvp(function, (at,), (direction,))[1]
+    return derivative
+
+
+def _reaches(scheduler: Any, steps: int) -> list[float]:
     """How much of an error in each step's v-prediction reaches the next latents.
 
     With noise levels as angles, cos² θ = ᾱ, a deterministic step from θ to θ' adds sin(θ - θ') times it.
@@ -222,29 +230,75 @@ def _weights(scheduler: Any, steps: int) -> list[float]:
     return [math.sin(abs(earlier - later)) for earlier, later in itertools.pairwise(angles)]
 
 
-def _choose(errors: Errors, weights: Sequence[float]) -> tuple[dict[int, frozenset[int]], list[float]]:
-    """For each number of whole steps those with the least sum of weighted errors, and that sum."""
-    steps = len(weights)
-    weighted = errors * np.asarray(weights)
-    costs = np.zeros((steps, steps + 1))  # of taking step i's part in all steps up to j
-    for earlier in range(steps):
-        costs[earlier, earlier + 2 :] = np.cumsum(weighted[earlier, earlier + 1 :])
-    best = np.full((steps + 1, steps + 1), np.inf)  # (whole steps used, the next one)
-    best[0, 0] = 0.0
-    came = np.zeros((steps + 1, steps + 1), dtype=int)
+def _fit(products: Array, step: int, sources: Sequence[int]) -> tuple[Array, float]:
+    """Weights with which what the sources added is nearest to what a step does, and how far that is off.
+
+    They add up to 1: the head norms the stream, so it hardly sees how large all of it is, and its derivative says
+    nothing about that.
+    """
+    chosen = [*sources, step]
+    square = products[step][np.ix_(chosen, chosen)]
+    turns = np.eye(len(chosen))[1:-1] - np.eye(len(chosen))[0]  # from the last whole step to earlier ones
+    begin = np.eye(len(chosen))[0] - np.eye(len(chosen))[-1]  # how far the last whole one is off
+    turned = turns @ square @ turns.T
+    ridge = _RIDGE * max(float(np.trace(turned)), 1e-30) * np.eye(len(turns))
+    parts = begin - np.linalg.solve(turned + ridge, turns @ square @ begin) @ turns
+    return parts[:-1], math.sqrt(max(float(parts @ square @ parts), 0.0))
+
+
+def _costs(products: Array, reaches: Sequence[float]) -> Array:
+    """What it costs that (before, last, next) are whole steps that follow each other: the errors of those between.
+
+    The first step has none before, and stands for itself; the last one's next is the end.
+    """
+    steps = len(products)
+    costs = np.full((steps, steps, steps + 1), np.inf)
+    for last in range(steps):
+        for before in range(last) if last else (0,):
+            sources = [last, before] if last else [0]
+            errors = [_fit(products, step, sources)[1] * reaches[step] for step in range(last + 1, steps)]
+            costs[before, last, last + 1 :] = np.cumsum([0.0, *errors])
+    return costs
+
+
+def _with_beginning(costs: Array, whole: int) -> Array:
+    """The same without skips in the first steps, which decide the layout: small errors there make another video."""
+    costs = costs.copy()
+    for last in range(whole - 1):
+        costs[:, last, last + 2 :] = np.inf
+    return costs
+
+
+def _choose(costs: Array) -> tuple[dict[int, frozenset[int]], list[float]]:
+    """For each number of whole steps those with the least sum of costs, and that sum."""
+    steps = len(costs)
+    best = np.full((steps, steps + 1), np.inf)  # (a whole step, the next one)
+    best[0] = costs[0, 0]
+    came: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    chosen, bounds = {}, []
     for used in range(1, steps + 1):
-        for following in range(used, steps + 1):
-            candidates = [best[used - 1, last] + costs[last, following] for last in range(used - 1, following)]
-            came[used, following] = used - 1 + int(np.argmin(candidates))
-            best[used, following] = min(candidates)
-    chosen = {}
-    for used in range(1, steps + 1):
-        following, whole = steps, []
-        for left in range(used, 0, -1):
-            following = came[left, following]
-            whole.append(int(following))
+        last = int(best[:, steps].argmin())
+        bounds.append(float(best[last, steps]))
+        whole, following = [last], steps
+        for before in reversed(came):
+            last, following = int(before[last, following]), last
+            whole.append(last)
         chosen[used] = frozenset(whole)
-    return chosen, [float(best[used, steps]) for used in range(1, steps + 1)]
+        sums = best[:, :steps, None] + costs  # (before, last, next)
+        sums[:, 0] = np.inf
+        came.append(sums.argmin(0))
+        best = sums.min(0)
+    return chosen, bounds
+
+
+def _weights(products: Array, whole: frozenset[int]) -> tuple[tuple[float, ...], ...]:
+    """For each step the weights of the last two whole ones."""
+    found: list[tuple[float, ...]] = []
+    for step in range(len(products)):
+        sources = sorted((each for each in whole if each < step), reverse=True)[:2]
+        fitted = () if step in whole else _fit(products, step, sources)[0]
+        found.append(tuple(round(float(weight), 4) for weight in fitted))
+    return tuple(found)
 
 
 @dataclass
@@ -252,16 +306,16 @@ class _Recorded:
     """What whole runs gave, in a file."""
 
     key: str
-    errors: Errors
+    products: Array
     latents: list[Any]
 
     @classmethod
     def open(cls, path: Path | None, key: str, steps: int) -> _Recorded:
         if path is None or not path.exists():
-            return cls(key, np.zeros((steps, steps)), [])
+            return cls(key, np.zeros((steps, steps, steps)), [])
         try:
             with np.load(path) as held:
-                found = cls(str(held["key"]), held["errors"], list(held["latents"]))
+                found = cls(str(held["key"]), held["products"], list(held["latents"]))
         except (OSError, ValueError, KeyError) as error:
             raise StepCacheError(f"{path}: not what a search left behind ({error}): remove it to begin anew") from None
         if found.key != key:
@@ -272,7 +326,7 @@ class _Recorded:
         if path is None:
             return
         part = path.with_suffix(".part.npz")
-        np.savez(part, key=self.key, errors=self.errors, latents=np.stack(self.latents))
+        np.savez(part, key=self.key, products=self.products, latents=np.stack(self.latents))
         part.replace(path)
 
 

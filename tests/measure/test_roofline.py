@@ -17,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogx_fast import sizes
 from cogx_fast.config import PRESETS
-from cogx_fast.measure import roofline
+from cogx_fast.measure import mesh, roofline
 from cogx_fast.measure.devices import DEVICES
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.step_schedule import StepSchedule
+from cogx_fast.runtime.step_schedule_file import write_schedule
 from cogx_fast.runtime.streaming import HostPart
 from tests.conftest import report, run_cli
 from tests.support import RELEASED, inputs
@@ -165,12 +167,38 @@ def test_exponentials_can_bind() -> None:
 
 
 def test_gpus_share_everything_but_what_each_must_do() -> None:
-    one, two, eight = (_seconds("5b", gpus=gpus) for gpus in (1, 2, 8))
-    assert two == pytest.approx(one / 2, rel=0.01)  # a video each: nothing to exchange
+    one, two = _seconds("5b"), _seconds("5b", guidance=2)
+    eight = _seconds("5b", guidance=2, sequence=4)
+    assert two == pytest.approx(one / 2, rel=0.01)  # a video each: next to nothing to exchange
     assert one / 8 < eight < one / 4
-    sent = {part.name: part.sent for part in _parts("5b", gpus=8)}
+    sent = {part.name: part.sent for part in _parts("5b", guidance=2, sequence=4)}
     assert sent["heads for tokens"] == pytest.approx(42 * 4 * (2 * 17_776 * 3072 * 2 / 8) * 3 / 4)
-    assert not any(part.sent for part in _parts("5b", gpus=2))
+    assert {part.name for part in _parts("5b", guidance=2) if part.sent} == {"prediction"}
+
+
+def test_the_best_mesh_takes_guidance_first_and_says_how_far_it_is_off() -> None:
+    for name, gpus, pair in (("5b", 2, (2, 1)), ("5b", 8, (2, 4)), ("2b", 12, (2, 6)), ("2b", 3, (1, 3))):
+        for link in mesh.LINKS:
+            best, *_ = mesh.meshes(PRESETS[name], _tokens(name), mesh.with_link(H100, link), gpus, batch=2)
+            assert (best.guidance, best.sequence) == pair
+            assert _seconds(name) / best.seconds < gpus
+    assert mesh.meshes(PRESETS["2b"], _tokens("2b"), H100, 8, batch=2) == []  # 30 heads
+    with pytest.raises(ValueError, match="no NVLink"):
+        mesh.with_link(DEVICES["l40"], "nvlink")
+    for published in mesh.PUBLISHED:  # a floor is never slower
+        assert published.speed_up < mesh.check(published).speed_up < published.gpus
+
+
+def test_the_command_line_says_the_best_mesh_of_each_number() -> None:
+    options = ("roofline", "--preset", "5b", "--device", "h100", "--gpus")
+    facts = report(run_cli(*options, "2..64", "--json"))
+    found = {each["gpus"]: (each["guidance"], each["sequence"]) for each in facts["meshes"]}
+    assert found[8] == (2, 4)
+    assert 5 not in found
+    assert report(run_cli(*options, "8", "--json"))["mesh"] == {"guidance": 2, "sequence": 4}
+    assert "use one of 2, 3, 4, 6, 8, 12, 16, 24, 32, 48" in run_cli(*options, "5").err
+    text = run_cli(*options, "2..8", "--link", "pcie").out
+    assert "7.75 published (xDiT" in text
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
@@ -186,13 +214,35 @@ def test_the_report_adds_up() -> None:
     assert facts["floor_seconds"] == pytest.approx(_seconds("5b", scheme="fp8-dynamic"))
 
 
+def test_a_step_cache_takes_the_time_of_the_blocks_it_computes(tmp_path: Path) -> None:
+    layers = PRESETS["5b"].num_layers
+    whole = _seconds("5b")
+
+    def found(schedule: StepSchedule) -> dict[str, Any]:
+        write_schedule(schedule, tmp_path / "s.toml")
+        command = ("roofline", "--preset", "5b", "--device", "h100", "--step-cache", tmp_path / "s.toml", "--json")
+        cached: dict[str, Any] = report(run_cli(*command))["step_cache"]
+        return cached
+
+    all_of_it = found(StepSchedule(blocks=(layers,) * 4, num_layers=layers))
+    assert all_of_it["mean_floor_seconds"] == pytest.approx(whole)
+    half = found(StepSchedule(blocks=(layers, 0), num_layers=layers))
+    assert half["ratio"] == pytest.approx(0.5, abs=2e-3)
+    assert half["ratio"] > 0.5
+    apart = StepSchedule(blocks=(layers,) * 3, unconditional=(1, 0, 0), num_layers=layers)
+    half_of_the_batch = _seconds("5b", batch=1) / whole  # less than half: weights are read once in either
+    assert found(apart)["ratio"] == pytest.approx((1 + 2 * half_of_the_batch) / 3, abs=5e-3)
+    text = run_cli("roofline", "--preset", "5b", "--device", "h100", "--step-cache", "balanced").out
+    assert "step cache balanced, 2.00 times fewer blocks in 50 steps" in text
+
+
 def test_size_batch_and_gpus_are_those_asked_for() -> None:
     out = run_cli(
         "roofline", "--preset", "5b", "--device", "a100", "--height", "256", "--width", "320", "--frames", "9",
         "--batch", "4", "--gpus", "4", "--attention-kept", "0.3",
     ).out  # fmt: skip
     assert "9 frames, 256 × 320, batch 4, 1,186 tokens, bf16, 30% of the attention scores" in out
-    assert "4 × NVIDIA A100-SXM4-80GB, each" in out
+    assert "4 × NVIDIA A100-SXM4-80GB, guidance 4 × sequence 1, each" in out
     assert "not a measurement" in out
 
 
@@ -216,6 +266,8 @@ def test_measured_ceilings_take_the_place_of_stated_ones(tmp_path: Path) -> None
         (("--device", "h100", "--ceilings", "{tmp}/none.json"), "No such file"),
         (("--device", "h100", "--ceilings", "{tmp}/list.json"), "expected an object of ceilings"),
         (("--device", "h100", "--ceilings", "{tmp}/zero.json"), "expected TFLOP/s of bf16"),
+        (("--device", "h100", "--step-cache", "teacache:0.2"), "depends on the model's weights"),
+        (("--device", "h100", "--step-cache", "slow"), "expected quality, balanced"),
     ],
 )
 def test_bad_requests(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 import cogx_fast
 from cogx_fast.runtime.compile import watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.step_schedule import StepSchedule
 from cogx_fast.runtime.upstream import model_class
 from cogx_fast.video.quality import psnr
 from tests.pipes import KINDS, generate, make_pipe
@@ -197,6 +200,16 @@ def test_accelerate_refuses_what_is_no_cogvideox_pipeline(pipe: Any) -> None:
     other.transformer = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="expected diffusers' CogVideoXTransformer3DModel"):
         cogx_fast.accelerate(other)
+
+
+def test_a_step_schedule_of_another_scheduler_is_told(pipe: Any) -> None:
+    layers = pipe.transformer.config.num_layers
+    made = StepSchedule(blocks=(layers, 0), num_layers=layers, scheduler="CogVideoXDPMScheduler")
+    with pytest.warns(UserWarning, match="made with CogVideoXDPMScheduler and the pipeline has CogVideoXDDIMScheduler"):
+        cogx_fast.accelerate(pipe, step_cache=made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        cogx_fast.accelerate(pipe, step_cache=replace(made, scheduler="CogVideoXDDIMScheduler"))
 
 
 def test_accelerating_twice_keeps_one_set_of_weights(pipe: Any) -> None:

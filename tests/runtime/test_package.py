@@ -21,6 +21,7 @@ from cogx_fast.runtime.code_file import ArtifactError, read_artifact, write_arti
 from cogx_fast.runtime.export import export_package
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.package import SizeRange
+from tests import worlds
 from tests.conftest import Package
 from tests.support import RELEASED, inputs, relative_error, small, upstream
 
@@ -414,3 +415,8 @@ def test_the_manifest_is_readable(package: Package) -> None:
     assert len(members) == 1  # both blocks are of one kind
     assert manifest["sizes"] == {"tokens": [2, 264], "batch": 4}
     assert not any("safetensors" in name for name in members)
+
+
+def test_a_package_runs_where_the_batch_is_shared(package: Package, tmp_path: Path) -> None:
+    arguments = {"package": str(package.path), "checkpoint": str(package.checkpoint)}
+    assert max(worlds.results("tests.runtime.shared_steps:packaged", 2, tmp_path, seconds=250, **arguments)) <= 1e-6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -69,8 +69,8 @@ def test_split_sees_the_stream_before_and_after_the_blocks(model: Any) -> None:
             inputs = inputs._replace(is_text_S1=padded[0], rotary=rotary, mask=mask)
             return torch.cat([x_BSD, x_BSD[:, -1:]], dim=1), inputs
 
-        def leave(self, x_BSD: Tensor) -> Tensor:
-            return x_BSD[:, :-1]
+        def leave(self, x_BSD: Tensor, text_len: int, video_len: int, head: Callable[[Tensor], Tensor]) -> Tensor:
+            return head(x_BSD)[:, text_len : text_len + video_len]
 
     expected = run(model)
     model.runner = Runner(Slots(split=Padded()))

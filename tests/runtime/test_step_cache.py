@@ -1,4 +1,4 @@
-"""Step caching: schedules, where they come from, and what a generation computes with one."""
+"""Step caching: what a generation computes with a schedule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,68 +16,11 @@ import torch
 from torch import Tensor
 
 import cogx_fast
-from cogx_fast.attention.plan import hash_config
-from cogx_fast.config import PRESETS
 from cogx_fast.runtime.compile import CompileConfig, compile_model, uncompile_model, watch_compilation
-from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.runner import Runner
 from cogx_fast.runtime.step_cache import place_of
-from cogx_fast.runtime.step_schedule import EVEN, StepCacheError, StepSchedule
-from cogx_fast.runtime.step_schedule_file import choose_strategy, read_schedule, render_schedule, write_schedule
-from tests.support import inputs, relative_error, small
-
-LAYERS = 4
-
-
-def make(name: str = "5b", **options: Any) -> CogVideoXModel:
-    torch.manual_seed(0)
-    return CogVideoXModel(small(name, num_layers=LAYERS, **options)).eval().requires_grad_(False)
-
-
-def timesteps(steps: int) -> Tensor:
-    return torch.linspace(999, 1, steps).round().long()
-
-
-class Counted(Runner):
-    """Counts the blocks that each step computes."""
-
-    def __init__(self, runner: Runner) -> None:
-        super().__init__(runner.slots)
-        self.blocks: list[int] = []
-
-        def told(layer: int, block: Any) -> Any:
-            self.blocks[-1] += 1
-            return runner.slots.call_block(layer, block)
-
-        self.slots = replace(self.slots, call_block=told)
-
-    def __call__(self, model: Any, inputs: Any) -> Tensor:
-        self.blocks.append(0)
-        return super().__call__(model, inputs)
-
-
-def generate(model: CogVideoXModel, schedule: Tensor, **size: Any) -> list[Tensor]:
-    """As a pipeline does: every step on the last one's output, its timestep a view of the schedule's."""
-    arguments = inputs(model.config, **size)
-    latents, outputs = arguments.pop("hidden_states"), []
-    with torch.no_grad():
-        for timestep in schedule:
-            arguments["timestep"] = timestep.expand(latents.shape[0])
-            with model.cache_context("cond_uncond"):
-                outputs.append(model(latents, **arguments).sample)
-            latents = latents - 0.1 * outputs[-1][:, :, : latents.shape[2]]
-    return outputs
-
-
-def counted(model: CogVideoXModel, schedule: Tensor) -> list[int]:
-    model.runner = runner = Counted(model.runner)
-    generate(model, schedule)
-    return runner.blocks
-
-
-def schedule(*blocks: int, **options: Any) -> StepSchedule:
-    return StepSchedule(blocks=blocks, num_layers=LAYERS, **options)
-
+from cogx_fast.runtime.step_schedule import StepCacheError
+from tests.runtime.generations import LAYERS, Counted, counted, generate, generate_guided, make, schedule, timesteps
+from tests.support import inputs, relative_error
 
 # -- what is computed --------------------------------------------------------------------------------------------------
 
@@ -127,6 +69,78 @@ def test_what_stands_in_is_what_the_blocks_added_before(first: int, forecast: An
     wanted = [added(1), added(3)] if forecast == "reuse" else [line(2, 1, 0), line(4, 3, 1)]
     for step, want in zip((2, 4), wanted, strict=True):
         assert relative_error(norms[step], (streams[step][first] + want)[:, text:]) <= 1e-5
+
+
+def test_fitted_weights_mix_what_the_last_whole_steps_added() -> None:
+    model = make()
+    weights = ((), (), (), (0.5, 0.3, 0.2), (2.0, -1.0))
+    model.set_step_cache(schedule(4, 4, 4, 0, 0, forecast="fitted", weights=weights))
+    kept: list[Tensor] = []
+    mixed: list[Tensor] = []
+    reuse: Any = model.runner.slots.reuse
+
+    def watched(compute: Any, x_BSD: Tensor, *rest: Any) -> Tensor:
+        after: Tensor = reuse(compute, x_BSD, *rest)
+        (kept if len(kept) < 3 else mixed).append(after - x_BSD)
+        return after
+
+    model.runner.use(replace(model.runner.slots, reuse=watched))
+    generate(model, timesteps(5))
+    wanted = 0.5 * kept[2] + 0.3 * kept[1] + 0.2 * kept[0], 2 * kept[2] - kept[1]
+    for found, want in zip(mixed, wanted, strict=True):
+        assert relative_error(found, want) <= 1e-5
+
+
+@pytest.mark.parametrize("first", [4, 1])
+@pytest.mark.parametrize("forecast", ["reuse", "linear"])
+def test_the_unconditional_half_keeps_its_difference(first: int, forecast: Any) -> None:
+    """A step with one half computes the blocks of that alone, and the other is as far from it as it was."""
+    model = make()
+    made = schedule(4, 4, first, forecast=forecast, unconditional=(1, 1, 0))
+    model.set_step_cache(made)
+    streams: list[Tensor] = []
+    rows: list[list[int]] = []
+    reuse: Any = model.runner.slots.reuse
+
+    def watched(compute: Any, x_BSD: Tensor, *rest: Any) -> Tensor:
+        rows.append([])
+        streams.append(reuse(compute, x_BSD, *rest))
+        return streams[-1]
+
+    model.runner.use(replace(model.runner.slots, reuse=watched))
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(lambda module, given: rows[-1].append(len(given[0])))
+    generate_guided(model, timesteps(3), batch=4)
+    assert rows == [[4] * 4, [4] * 4, [2] * first]
+    before, last, now = (each.chunk(2)[0] - each.chunk(2)[1] for each in streams)
+    want = last if forecast == "reuse" else 2 * last - before
+    assert relative_error(now, want) <= 1e-5
+    alone = streams[2].chunk(2)[1]
+    model.runner.slots = replace(model.runner.slots, reuse=reuse)
+    model.set_step_cache(schedule(4, 4, first, forecast=forecast))
+    streams.clear()
+    again: Any = model.runner.slots.reuse
+    model.runner.use(replace(model.runner.slots, reuse=lambda *given: streams.append(again(*given)) or streams[-1]))
+    generate_guided(model, timesteps(3), batch=4)
+    assert relative_error(alone, streams[2].chunk(2)[1]) <= 1e-5  # the conditional half is as without halves
+
+
+def test_calls_without_guidance_are_whole_where_halves_would_part() -> None:
+    model = make()
+    model.set_step_cache(schedule(4, 4, 4, 1, unconditional=(1, 0, 1, 0)))
+    rows: list[int] = []
+    model.transformer_blocks[0].register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    generate(model, timesteps(4), batch=2)  # two videos of their own noise
+    generate(model, timesteps(4), batch=1)
+    arguments = inputs(model.config)
+    frames, _, height, width = arguments["hidden_states"].shape[1:]
+    tokens = arguments["encoder_hidden_states"].shape[1] + frames * height * width // 4
+    mask = torch.ones(2, tokens, dtype=torch.bool)
+    arguments["hidden_states"][1] = arguments["hidden_states"][0]
+    with torch.no_grad():
+        for timestep in timesteps(4):
+            model(**arguments | {"timestep": timestep.expand(2)}, attention_kwargs={"attention_mask": mask})
+    assert rows == [2] * 4 + [1] * 4 + [2] * 4
 
 
 def test_every_generation_starts_anew_and_keeps_nothing_at_its_end() -> None:
@@ -237,7 +251,7 @@ def test_kept_tensors_are_freed_at_the_end() -> None:
         for timestep in steps:
             model(**inputs(model.config) | {"timestep": timestep.expand(2)})
             for generation in vars(reuse._state).values():
-                kept += [weakref.ref(each.last) for each in generation.kept.values()]
+                kept += [weakref.ref(each[0].value) for each in generation.kept.values()]
     del generation
     gc.collect()
     assert len(kept) == 2
@@ -262,15 +276,37 @@ def test_compiled_it_is_one_graph_for_two_generations_of_two_sizes() -> None:
     assert counted(model, timesteps(5)) == [4, 1, 4, 0, 4]  # it stays through compiling and back
 
 
-def test_a_graph_of_the_whole_step_cannot_have_one() -> None:
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_compiled_halves_apart_are_as_many_graphs_as_patterns(scope: Any) -> None:
+    """Two guided generations of two sizes and one without guidance: whole, one half whole, none of one half, none."""
     model = make()
-    model.set_step_cache("fast")
+    model.set_step_cache(schedule(4, 4, 4, 0, 4, 0, unconditional=(1, 0, 1, 0, 0, 0), forecast="linear"))
+
+    def every() -> list[Tensor]:
+        sizes: list[dict[str, Any]] = [{}, {"frames": 6, "batch": 4}]
+        guided = [each for size in sizes for each in generate_guided(model, timesteps(6), **size)]
+        return guided + generate(model, timesteps(6), frames=6, batch=1)
+
+    expected = every()
+    compile_model(model, CompileConfig(scope=scope, backend="aot_eager", strict=True))
+    with watch_compilation() as stats:
+        found = every()
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (4 if scope == "model" else 1, 0, 0)
+    for output, want in zip(found, expected, strict=True):
+        assert relative_error(output, want) <= 1e-5
+
+
+def test_a_graph_of_the_whole_step_goes_with_what_is_settled_before_it() -> None:
+    model = make()
+    model.set_step_cache("first-block:0.1")
     with pytest.raises(ValueError, match=r"reuse .*scope='block'"):
         compile_model(model, CompileConfig(scope="model", backend="eager"))
-    model.set_step_cache(None)
+    model.set_step_cache(schedule(4, 0, 1, 2))
     compile_model(model, CompileConfig(scope="model", backend="eager"))
-    with pytest.raises(ValueError, match=r"reuse .*scope='block'"):
-        model.set_step_cache("fast")
+    with pytest.raises(StepCacheError, match=r"5 kinds of steps .*4 at most.*scope='block'"):
+        model.set_step_cache(schedule(4, 0, 1, 2, 3))
+    with pytest.raises(StepCacheError, match=r"6 kinds of steps .*1 blocks of one half"):
+        model.set_step_cache(schedule(4, 0, 1, unconditional=(1, 0, 0)))
 
 
 @pytest.mark.parametrize("option", [{"quant": "int8-weight-only"}, {"attention_plan": "tiles"}], ids=str)
@@ -322,107 +358,3 @@ def test_pipelines_timesteps_are_found(scheduler: str) -> None:
                 **size,
             )
     assert runner.blocks == [2, 2, 0, 0, 2] * 2
-
-
-# -- schedules and strategies ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", EVEN)
-@pytest.mark.parametrize("steps", [20, 50])
-def test_named_schedules_compute_so_many_times_fewer_blocks(name: str, steps: int) -> None:
-    config = PRESETS["5b"]
-    model: Any = type("Model", (), {"transformer_blocks": [None] * config.num_layers})
-    made = EVEN[name].schedule(model, list(range(steps, 0, -1)))
-    assert made.steps == steps
-    assert made.blocks[0] == made.blocks[-1] == config.num_layers
-    assert made.speedup == pytest.approx(EVEN[name].speedup, rel=0.1)
-
-
-def test_teacache_skips_what_its_rule_skips() -> None:
-    """The rule as its authors' loop has it, on the model's own embedding."""
-    model = make(num_attention_heads=2)
-    steps = timesteps(30)
-    chosen: Any = choose_strategy("teacache:0.2", model.config)
-    made = chosen.schedule(model, steps.tolist())
-    coefficients = (-1.53880483e03, 8.43202495e02, -1.34363087e02, 7.97131516e00, -5.23162339e-02)
-    whole, added, before = [], 0.0, None
-    for index, timestep in enumerate(steps):
-        with torch.no_grad():
-            emb = model.time_embedding(timestep[None], torch.float32)
-        if before is None or index == len(steps) - 1:
-            whole.append(True)
-            added = 0.0
-        else:
-            change = ((emb - before).abs().mean() / before.abs().mean()).item()
-            added += sum(c * change ** (4 - power) for power, c in enumerate(coefficients))
-            whole.append(added >= 0.2)
-            added = 0.0 if whole[-1] else added
-        before = emb
-    assert [count == LAYERS for count in made.blocks] == whole
-    assert set(made.blocks) == {0, LAYERS}
-
-
-def test_first_block_skips_where_its_threshold_allows() -> None:
-    model = make()
-    model.set_step_cache("first-block:1e9")
-    assert counted(model, timesteps(4)) == [4, 1, 1, 1]
-    model = make()
-    model.set_step_cache("first-block:0")
-    assert counted(model, timesteps(4)) == [4, 4, 4, 4]
-
-
-def test_a_schedule_survives_its_file(tmp_path: Path) -> None:
-    for made in (schedule(4, 1), schedule(4, 0, forecast="linear", config_hash="0f", error=0.25, origin='say "é"\n')):
-        write_schedule(made, tmp_path / "s.toml")
-        assert read_schedule(tmp_path / "s.toml") == made
-        assert [path.name for path in tmp_path.iterdir()] == ["s.toml"]
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("format = 1", "format = 2", "format is 2"), ("[4, 1]", "[1, 1]", "first step"), ("[4, 1]", "[4, 9]", "0 to 4"),
-        ("[4, 1]", "[4, true]", "whole numbers"), ("[4, 1]", "[]", "needs a step"), ("[4, 1]", "4", "whole numbers"),
-        ('"reuse"', '"magic"', "forecast is 'magic'"), ("num_layers = 4", "layers = 4", "unknown keys layers"),
-        ("num_layers = 4", "", "num_layers is missing"), ("num_layers = 4", 'num_layers = "4"', "expected a int"),
-        ("format = 1", "format = ", "Invalid value"),
-    ],
-)  # fmt: skip
-def test_damaged_files_are_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
-    text = render_schedule(schedule(4, 1))
-    assert old in text
-    (tmp_path / "s.toml").write_text(text.replace(old, new))
-    with pytest.raises(StepCacheError, match=message):
-        cogx_fast.load(tmp_path / "nothing there", step_cache=tmp_path / "s.toml")  # before anything is loaded
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("slow", "'slow', expected quality, balanced"), ("teacache:much", "a number"), ("teacache:-1", "a number"),
-        ("mask:1,2", "a 0 or 1"), ("mask:", "a 0 or 1"), ("mask:0,1", "begin with 1"), (7, "is a int"),
-    ],
-)  # fmt: skip
-def test_what_is_no_step_cache_is_refused_before_anything_is_loaded(value: Any, message: str) -> None:
-    with pytest.raises(StepCacheError, match=message):
-        cogx_fast.load("nothing there", step_cache=value)
-
-
-def test_another_models_schedule_is_refused() -> None:
-    model = make()
-    with pytest.raises(StepCacheError, match="3 layers"):
-        model.set_step_cache(StepSchedule(blocks=(3, 1), num_layers=3))
-    model.set_step_cache(schedule(4, 1, config_hash=hash_config(model.config)))
-    with pytest.raises(StepCacheError, match="another configuration"):
-        model.set_step_cache(schedule(4, 1, config_hash="0f"))
-
-
-def test_another_number_of_steps_adapts_a_schedule_and_refuses_a_mask() -> None:
-    model = make()
-    model.set_step_cache(schedule(4, 4, 1, 1, 4))
-    with pytest.warns(UserWarning, match="for 5 steps .* in 9"):
-        assert counted(model, timesteps(9)) == [4, 4, 4, 1, 1, 1, 1, 4, 4]
-    model = make()
-    model.set_step_cache("mask:1,0,1")
-    with pytest.raises(StepCacheError, match=r"3 steps .* in 4"):
-        generate(model, timesteps(4))

@@ -18,6 +18,7 @@ import cogx_fast
 from cogx_fast.attention.plan_file import choose_plan
 from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.parallel import ParallelConfig
 from cogx_fast.runtime.runner import Runner, Slots, compute_all
 from cogx_fast.runtime.streaming import InOrder, OffloadError, StreamedBlocks, stream_blocks
 from tests.pipes import FRAMES, HEIGHT, WIDTH, make_pipe
@@ -332,12 +333,15 @@ def test_what_does_not_go_with_it_is_refused_before_anything_is_loaded() -> None
         "expected 'blocks'": {"offload": "disk"},
         "CUDA graphs": {"offload": "blocks", "compile": CompileConfig(scope="model", mode="reduce-overhead")},
         "scope='model'": {"offload": "blocks", "compile": CompileConfig(scope="model")},
+        "parallel": {"offload": "blocks", "parallel": ParallelConfig(guidance=2)},
     }
     for word, options in refused.items():
         with pytest.raises(OffloadError, match=word):
             cogx_fast.load("/nothing/is/there", **options)
     model = make()
     stream_blocks(model, CPU)
+    with pytest.raises(OffloadError, match="parallel"):
+        model.set_parallel(ParallelConfig(guidance=2))
     with pytest.raises(OffloadError, match="no_grad"):
         model(**inputs(model.config))
     with pytest.raises(ValueError, match="offload='blocks'"):

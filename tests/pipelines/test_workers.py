@@ -1,0 +1,61 @@
+"""Pipelines in the processes that torchrun starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+
+from tests.conftest import report, run_cli
+
+SCRIPT = """
+import sys, time
+import numpy, torch, torch.distributed as dist
+from diffusers import CogVideoXPipeline
+import cogx_fast
+from cogx_fast.assets import tiny_pipeline_dir
+
+def on_step(pipe, step, timestep, tensors):
+    if dist.get_rank() == 1 and step == 1:
+        raise OSError("the disk is full")
+    return tensors
+
+pipe = CogVideoXPipeline.from_pretrained(tiny_pipeline_dir(), torch_dtype=torch.float32)
+pipe = cogx_fast.accelerate(pipe, parallel=cogx_fast.ParallelConfig(guidance=2))
+generator = torch.Generator().manual_seed(0)
+pipe("a seven", num_frames=1, height=64, width=64, num_inference_steps=4, generator=generator,
+     callback_on_step_end=on_step)
+"""
+
+
+def test_the_command_line_shares_a_video(tmp_path: Path) -> None:
+    videos = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.mp4"
+        size = ("--frames", 9, "--height", 64, "--width", 64, "--steps", 2)
+        options = ("--model", "tiny", "--prompt", "a seven", "--no-compile", *size, "--nproc", processes)
+        facts = report(run_cli("generate", *options, "--out", out, "--json"))
+        assert facts["processes"] == processes
+        videos.append(imageio.imread(out).astype(float))
+    assert np.abs(videos[0] - videos[1]).mean() < 0.1
+
+
+def test_what_cannot_be_shared_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    began = time.monotonic()
+    finished = run_cli("generate", "--model", "tiny", "--prompt", "a", "--out", tmp_path / "a.mp4", "--nproc", 22)
+    assert finished.status == 2
+    assert "sequence=11 does not divide the model's" in finished.err
+    assert time.monotonic() - began < 20
+
+
+def test_a_script_that_fails_in_one_process_ends_all_and_says_where(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run([*torchrun, script], capture_output=True, text=True, timeout=250, check=False)
+    assert finished.returncode == 1
+    assert "rank 1 failed: OSError: the disk is full" in finished.stderr
