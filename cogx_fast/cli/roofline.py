@@ -107,9 +107,9 @@ def run(arguments: argparse.Namespace, _: Progress) -> tuple[dict[str, Any], str
         links = roofline.streaming(model.config, found, device, scheme=arguments.quant)
         facts["streaming"] = [dataclasses.asdict(each) | {"hides": each.hides} for each in links]
     if arguments.step_cache is not None:
-        options = {"scheme": arguments.quant, "kept": arguments.attention_kept, "gpus": arguments.gpus}
+        shared = {**options, "guidance": best.guidance, "sequence": best.sequence}
         schedule = _read_schedule(arguments.step_cache, model.config, arguments.steps)
-        steps = roofline.schedule_seconds(schedule, model.config, tokens, device, batch=arguments.batch, **options)
+        steps = roofline.schedule_seconds(schedule, model.config, tokens, device, **shared)
         facts["step_cache"] = {
             "schedule": arguments.step_cache,
             "steps": schedule.steps,

@@ -220,7 +220,8 @@ def test_a_step_cache_takes_the_time_of_the_blocks_it_computes(tmp_path: Path) -
 
     def found(schedule: StepSchedule) -> dict[str, Any]:
         write_schedule(schedule, tmp_path / "s.toml")
-        command = ("roofline", "--preset", "5b", "--device", "h100", "--step-cache", tmp_path / "s.toml", "--json")
+        command = ("roofline", "--preset", "5b", "--device", "h100", "--steps", str(schedule.steps), "--json")
+        command += ("--step-cache", tmp_path / "s.toml")
         cached: dict[str, Any] = report(run_cli(*command))["step_cache"]
         return cached
 
@@ -259,7 +260,7 @@ def test_measured_ceilings_take_the_place_of_stated_ones(tmp_path: Path) -> None
     ("arguments", "message"),
     [
         (("--device", "a100", "--quant", "fp8-dynamic"), "states no peak for 'fp8'"),
-        (("--device", "h100", "--gpus", "7"), "take a number that divides them"),
+        (("--device", "h100", "--gpus", "7"), "7 GPUs cannot share a batch of 2 and 48 heads: use one of 2, 3, 4"),
         (("--device", "h100", "--attention-kept", "0"), "expected a share above 0"),
         (("--device", "h100", "--height", "481"), "use 480 or 496"),
         (("--device", "abacus"), "invalid choice: 'abacus'"),
