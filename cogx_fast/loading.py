@@ -77,9 +77,10 @@ def load(
 
     Args:
         source: a diffusers pipeline's directory or its ``transformer`` folder; a ``.safetensors`` file or the index of
-            several; a hub id; "tiny", the trained pipeline that comes with the package; or a live model, diffusers' or
-            ours, whose weights are shared (``weights.live``). Adapters on it must be merged; anything else that is
-            attached to it (hooks, patches, processors) is refused by name (``runtime.source``).
+            several; a hub id, or a released model's short name ("5b"); "tiny", the trained pipeline that comes with
+            the package; or a live model, diffusers' or ours, whose weights are shared (``weights.live``). Adapters on
+            it must be merged; anything else that is attached to it (hooks, patches, processors) is refused by name
+            (``runtime.source``).
         config: for files without a ``config.json`` beside them, or in its place: a configuration, a mapping, a path, or
             the name of a released model ("5b").
         dtype: of all weights, a ``torch.dtype`` or its name ("bf16", "fp16", "fp32"); None keeps them as stored. Where

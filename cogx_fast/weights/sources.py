@@ -90,13 +90,15 @@ def resolve(
     given = None if config is None else read_config(config)
     path = Path(os.path.expanduser(os.fspath(source)))
     if not path.exists():
-        if not _HUB_ID.fullmatch(os.fspath(source)):
-            raise CheckpointNotFoundError(f"{source}: no such file or directory{_hint(os.fspath(source))}")
+        name = HUB_IDS.get(os.fspath(source), os.fspath(source))
+        if not _HUB_ID.fullmatch(name):
+            raise CheckpointNotFoundError(
+                f"{source}: no such file or directory: give one, a .safetensors file, a hub id such as "
+                f"'THUDM/CogVideoX-5b', or one of {', '.join(HUB_IDS)}"
+            )
         from cogx_fast.weights.hub import download
 
-        path = download(
-            os.fspath(source), _hub_patterns(variant), revision=revision, cache_dir=cache_dir, local=local_files_only
-        )
+        path = download(name, _hub_patterns(variant), revision=revision, cache_dir=cache_dir, local=local_files_only)
     weights = find_weights(path, variant) if path.is_dir() else _check_file(path)
     return Source(config=given or _config_beside(weights), weights=weights)
 
@@ -221,12 +223,6 @@ def _hub_patterns(variant: str | None) -> list[str]:
     """The files of one variant of a transformer, in a pipeline's repository or in one of its own."""
     names = [CONFIG_NAME, index_name(variant), weights_name(variant), f"{_stem(variant)}-?????-of-?????.safetensors"]
     return [f"transformer/{name}" for name in names] + names
-
-
-def _hint(source: str) -> str:
-    if source in HUB_IDS:
-        return f": for the released model give {HUB_IDS[source]!r}"
-    return ": give a directory, a .safetensors file, or a hub id such as 'THUDM/CogVideoX-5b'"
 
 
 __all__ = [

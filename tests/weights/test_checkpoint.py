@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cogx_fast
-from cogx_fast.config import ConfigError
+from cogx_fast.config import HUB_IDS, ConfigError
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
 from tests.support import RELEASED, inputs, pipeline_rotary, relative_error, small, upstream
 from tests.weights.support import INDEX, WEIGHTS, assert_same_bits, diffusers_view, save_upstream, small_state
@@ -142,12 +142,16 @@ class TestSources:
 
         asked = {}
         monkeypatch.setattr(
-            huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or str(checkpoint)
-        )
+            huggingface_hub, "snapshot_download",
+            lambda name, **options: asked.update(options, name=name) or str(checkpoint),
+        )  # fmt: skip
         cogx_fast.load("someone/video", revision="v1")
         assert asked["revision"] == "v1"
         assert "transformer/config.json" in asked["allow_patterns"]
         assert not any("*" in pattern for pattern in asked["allow_patterns"])
+        assert asked["name"] == "someone/video"
+        cogx_fast.load("5b")
+        assert asked["name"] == HUB_IDS["5b"]
 
 
 class TestDtype:
@@ -230,9 +234,9 @@ class TestRefused:
             self.refused(copy, "run any code.*convert")
 
     def test_nothing_there(self, tmp_path):
-        for source in (tmp_path / "absent", "./absent", "5b", "/a/b/c"):
+        for source in (tmp_path / "absent", "./absent", "6b", "/a/b/c"):
             self.refused(source, "no such file or directory", FileNotFoundError)
-        self.refused("5b", "THUDM/CogVideoX-5b")
+        self.refused("5b", "THUDM/CogVideoX-5b", cache_dir=tmp_path / "hub", local_files_only=True)
         self.refused(tmp_path, "it holds nothing")
 
     def test_no_config(self, copy):
