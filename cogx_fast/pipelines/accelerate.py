@@ -29,7 +29,7 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
     refers to it (a variable, another pipeline), hooks of accelerate are on it, or ``keep_source=True``. Where
     accelerate placed or offloaded it (``device_map``, ``enable_model_cpu_offload``, ``enable_sequential_cpu_offload``),
     this one is placed in the same way. Adapters must be merged (``pipe.fuse_lora()``). After an error the pipeline is
-    as it was.
+    as it was, but for a budget that cannot be kept, which is found when this transformer is in it.
 
     Args:
         pipe: a ``CogVideoXPipeline``, ``…ImageToVideoPipeline``, ``…VideoToVideoPipeline`` or
