@@ -121,15 +121,13 @@ def assemble(
         note_recipe(model, store.recipe, store.origin, asked=bool(transforms))
         transforms = ()
     for part, names in (_by_part(groups) if transforms else {"": groups}).items():
-        tensors = store.read(names, dtypes, device, stay=not transforms)
-        for name, (tensor, requires_grad) in tensors.items():
-            put(model, name, tensor, requires_grad=requires_grad)
+        places = _fill(model, store.read(names, dtypes, device, stay=not transforms))
         if check_finite:
             store.check_read(model, names)
         for transform in transforms:
             transform.apply(model.get_submodule(part), part)
         if transforms:
-            store.give_up(name for name, (tensor, _) in tensors.items() if not _is_still(model, name, tensor))
+            store.give_up(name for name, place in places.items() if _place(model, name) != place)
     return model
 
 
@@ -144,11 +142,17 @@ def put(model: nn.Module, name: str, tensor: Tensor, *, requires_grad: bool = Tr
         module._buffers[leaf] = tensor
 
 
-def _is_still(model: nn.Module, name: str, tensor: Tensor) -> bool:
-    """Whether the model's tensor of that name is in the same memory."""
+def _fill(model: nn.Module, tensors: Mapping[str, tuple[Tensor, bool]]) -> dict[str, tuple[type, int]]:
+    """Give the model tensors, and return where they are: a reference would keep what a transform replaces."""
+    for name, (tensor, requires_grad) in tensors.items():
+        put(model, name, tensor, requires_grad=requires_grad)
+    return {name: _place(model, name) for name in tensors}
+
+
+def _place(model: nn.Module, name: str) -> tuple[type, int]:
     path, _, leaf = name.rpartition(".")
-    now: Tensor = getattr(model.get_submodule(path), leaf)
-    return type(now.data) is type(tensor) and now.data_ptr() == tensor.data_ptr()
+    tensor: Tensor = getattr(model.get_submodule(path), leaf)
+    return type(tensor.data), tensor.data_ptr()
 
 
 def _by_part(groups: Mapping[str, list[Slot]]) -> dict[str, dict[str, list[Slot]]]:

@@ -95,7 +95,7 @@ def test_a_transformer_that_others_hold_keeps_its_weights() -> None:
         {"attention": "flash3"},
         {"attention": "sdpa", "attention_plan": "radial"},
         {"attention_plan": "no-such-plan"},
-        {"step_cache": "balanced", "compile": cogx_fast.CompileConfig(scope="model")},
+        {"step_cache": "first-block:0.1", "compile": cogx_fast.CompileConfig(scope="model")},
         {"loras": ["no-such-file.safetensors"]},
         {"attention_plan": "radial", "compile": cogx_fast.CompileConfig(backend="eager")},
         {"quant": "fp8-dynamic"},
