@@ -202,7 +202,8 @@ def test_both_formulas_of_norm_and_rotation_are_one(dtype: torch.dtype, monkeypa
     rounded = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps  # eager, for a derivative: after the norm, too
     assert relative_error(eager, compiled) <= rounded
     for ours, reference in zip(eager_grads, compiled_grads, strict=True):
-        assert relative_error(ours, reference) <= max(2 * rounded, TOLERANCE)
+        # torch's own derivative of a norm in half precision, which diffusers' has too, sums a weight's gradient in it
+        assert relative_error(ours, reference) <= max(4 * rounded, TOLERANCE)
 
 
 @pytest.mark.parametrize(("device", "compiling"), [("cpu", False), ("cpu", True), ("meta", False)])
