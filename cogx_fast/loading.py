@@ -18,6 +18,7 @@ from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
 from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.auto_attention import AttentionFor
 from cogx_fast.runtime.baked import read_schedule
+from cogx_fast.runtime.runner import Whole
 from cogx_fast.runtime.source import check_source
 from cogx_fast.runtime.step_schedule_file import choose_strategy
 from cogx_fast.runtime.streaming import Offload, check_offload, stream_blocks
@@ -180,7 +181,7 @@ def load(
     return model
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class _Running:
     """How a model is to run, as ``load`` is asked."""
 
@@ -188,6 +189,8 @@ class _Running:
     step_cache: StepSchedule | str | os.PathLike[str] | None
     parallel: ParallelConfig | DeviceMesh | None
     compile: bool | CompileConfig
+    split: Whole | None = None
+    """What ``parallel`` came to: made once, since the ranks' groups are."""
 
     def check(self, model: CogVideoXModel) -> None:
         """See on a model without weights that all of it goes together: nothing is read, or given up, if not."""
@@ -207,8 +210,11 @@ class _Running:
     def _set(self, model: CogVideoXModel) -> None:
         if self.step_cache is not None:
             model.set_step_cache(self.step_cache)
-        if self.parallel is not None:
+        if self.split is not None:
+            model.runner.use(dataclasses.replace(model.runner.slots, split=self.split))
+        elif self.parallel is not None:
             model.set_parallel(self.parallel)
+            self.split = model.runner.slots.split
         if self.compile:
             from cogx_fast.runtime.compile import CompileConfig, compile_model
 

@@ -39,6 +39,9 @@ def step_peak(
 ) -> int:
     """Bytes that an eager step holds at its peak, beside weights, inputs and tables. Compiled it is less.
 
+    Where this process has compiled anything, torch's hook on frames keeps what a caller hands over, and an eager step,
+    counted or real, holds one stream more.
+
     Args:
         config: the transformer's.
         tokens: of one video.

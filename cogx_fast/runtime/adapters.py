@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from cogx_fast.weights.lora import Delta, Deltas, Lora, LoraError, alphas_in, deltas_of, linear_slots
+from cogx_fast.weights.lora import Delta, Deltas, Lora, alphas_in, deltas_of, linear_slots
 
 Weight = float | Mapping[str, float]
 """How strong an adapter is: everywhere, or by what is in a module's name (1 elsewhere), as diffusers takes it."""
@@ -111,7 +111,7 @@ class Adapters(nn.Module, BaseTunerLayer):
             self._active_adapter = [name]
         try:
             self._update()
-        except LoraError:
+        except BaseException:
             self._deltas, self._active_adapter = before
             raise
         rank = next(iter(found.values())).down.shape[0]
@@ -138,12 +138,9 @@ class Adapters(nn.Module, BaseTunerLayer):
         self._update()
 
     def unload(self) -> None:
-        """Forget all adapters; what is fused stays in the weights for good."""
-        self._forever = self._sum(self._fused)
-        for each in (self.configs, self._deltas, self._weights, self._factors):
-            each.clear()
-        self._fused, self.merged_adapters, self._active_adapter = [], [], []
-        self._update()
+        """Leave in the weights what is fused, for good, and nothing else; the layer is of no use after it."""
+        model = self._owner[0]
+        model.merged.exchange(model, self._sum(self._fused))
 
     def stand_on(self, deltas: Deltas) -> None:
         """Have the weights hold these LoRAs whatever becomes of the adapters."""

@@ -106,7 +106,7 @@ class AdapterMethods(CogVideoXModel):
         self._adapters().enable_adapters(True)
 
     def disable_lora(self) -> None:
-        """Turn all adapters off; the weights are the base model's, to the bit."""
+        """Turn all adapters off; the weights are what they were before any was loaded, to the bit."""
         self._adapters().enable_adapters(False)
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
@@ -117,15 +117,18 @@ class AdapterMethods(CogVideoXModel):
     def unload_lora(self) -> None:
         """Forget all adapters; what is fused stays for good."""
         blocks: list[Any] = list(self.transformer_blocks)
-        if not blocks[0].attn1.is_split:
+        if "adapters" in self._modules:
             self._adapters().unload()
+            del self.adapters
+        if not blocks[0].attn1.is_split:
             return
         take_off_adapters(self)
         self.merged.look(self)
         for block in blocks:
             block.attn1.join()
         self.merged.note(self)
-        self._trained_configs, self._hf_peft_config_loaded = None, False
+        for name in ("_trained_configs", "_hf_peft_config_loaded"):  # the class says that there is none
+            self.__dict__.pop(name, None)
 
     def active_adapters(self) -> list[str]:
         """Names of the active adapters.

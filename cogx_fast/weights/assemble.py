@@ -106,8 +106,9 @@ def assemble(
     layout = check_tensors(store.found, store.config, store.origin)
     device = device or store.device
     groups = by_our_name(layout)
+    quantized = store.quantized
     dtypes = {
-        name: store.quantized.get(name) or target_dtype(name, [store.found[slot.name][1] for slot in group], dtype)
+        name: quantized.get(name) or target_dtype(name, [store.found[slot.name][1] for slot in group], dtype)
         for name, group in groups.items()
     }
     store.check(layout, dtype, finite=check_finite)
@@ -117,7 +118,7 @@ def assemble(
         check(model)
     for transform in transforms:
         transform.check(model, store)
-    if store.quantized:  # already, and whether as it is asked for
+    if quantized:  # already, and whether as it is asked for
         note_recipe(model, store.recipe, store.origin, asked=bool(transforms))
         transforms = ()
     for part, names in (_by_part(groups) if transforms else {"": groups}).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,24 @@ class FileStore:
         self._weights: dict[str, Weight] = described.weights if described else {}
         self.quantized = {name: weight.dtype for name, weight in self._weights.items()}
         self.recipe = described.recipe if described else None
+        self._states = self._look()
+
+    def _look(self) -> dict[Path, tuple[int, int] | None]:
+        """Size and time of change of each file; None where there is none any more."""
+        states: dict[Path, tuple[int, int] | None] = {}
+        for path in {tensor.path for tensor in self._stored.values()}:
+            try:
+                found = path.stat()
+            except OSError:
+                states[path] = None
+            else:
+                states[path] = found.st_size, found.st_mtime_ns
+        return states
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the files are still those whose headers were read, as far as size and time of change tell."""
+        return self._look() == self._states
 
     def check(self, layout: Mapping[str, Slot], dtype: torch.dtype | None, *, finite: bool) -> None:
         """See that what is quantized can be taken; have the system begin to read.

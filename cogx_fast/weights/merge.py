@@ -41,6 +41,7 @@ class Merge:
     def __init__(self, loras: Sequence[LoraLike]) -> None:
         self.loras = as_loras(loras)
         self.merged: Merged | None = None
+        self._touched: dict[str, list[Slot]] = {}
 
     def check(self, model: CogVideoXTransformer, store: Store) -> None:
         """Read the files and check them against the model that is made.
@@ -57,11 +58,12 @@ class Merge:
             )
         self.merged = Merged(store.config, store)
         self.merged.deltas = read_loras(self.loras, store.config)
+        self._touched = self.merged.touched(self.merged.deltas)
 
     def apply(self, part: nn.Module, name: str) -> None:
         """Merge into a part of the model whose weights are there; they are replaced."""
         assert self.merged is not None, "check comes first"
-        for our_name, group in self.merged.touched(self.merged.deltas).items():
+        for our_name, group in self._touched.items():
             if not our_name.startswith(f"{name}."):
                 continue
             inside = our_name.removeprefix(f"{name}.")
@@ -151,6 +153,11 @@ class Merged:
             raise LoraError(
                 f"{some(trained, 2)} were changed since the model was loaded (by training, or load_state_dict), so the "
                 "weights without LoRAs are not known: save the model, and load it with loras=..."
+            )
+        if self._files is not None and not self._files.is_unchanged:
+            raise LoraError(
+                f"{self._files.origin}: was changed or removed since the model was loaded from it, so the weights "
+                "without LoRAs are not to be had: load the model anew"
             )
         lost = [name for name, each in changed.items() if is_quantized(each) and name not in self._kept]
         if lost and self._files is None:

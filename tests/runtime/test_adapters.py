@@ -242,6 +242,15 @@ def test_what_cannot_be_trained_is_refused_and_the_model_is_as_before(tmp_path: 
     with pytest.raises(ValueError, match=r"to train one, model\.add_adapter\(config\)"):
         get_peft_model(model, LoraConfig(r=2, target_modules=["to_out.0"]))
     assert torch.equal(model(**arguments).sample, plain)
+    files_ = files(tmp_path, model.config)
+    model.load_lora_adapter(files_["one"])
+    with pytest.raises(ValueError, match=r"call unload_lora\(\) before one is trained"):
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    model.unload_lora()
+    assert torch.equal(model(**arguments).sample, plain)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    model.unload_lora()
+    assert torch.equal(cogx_fast.load(model)(**arguments).sample, plain)  # nothing of either is left on it
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(ValueError, match=r"call unload_lora\(\) before others are used"):
         model.load_lora_adapter({})

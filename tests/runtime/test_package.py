@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import cogx_fast
 from cogx_fast.loading import load, load_package, load_weights
@@ -24,6 +25,7 @@ from cogx_fast.runtime.package import SizeRange
 from tests import worlds
 from tests.conftest import Package
 from tests.support import RELEASED, inputs, relative_error, small, upstream
+from tests.weights.test_lora import halves
 
 SIZES: list[dict[str, int]] = [
     {},
@@ -89,6 +91,22 @@ def test_weights_that_are_changed_in_place_or_replaced(package: Package) -> None
             torch.randn_like(each.transformer_blocks[1].ff.net[2].weight) * 0.1, requires_grad=False
         )
     check(model, eager)
+
+
+@pytest.mark.filterwarnings("ignore:.*says no alpha")
+def test_loras_are_exchanged_under_its_code(package: Package, tmp_path: Path) -> None:
+    model, plain = load_package(package.path, package.checkpoint), load(package.checkpoint)
+    tensors = {
+        f"{name}.lora_{half}.weight": tensor
+        for name, pair in halves(config=plain.config).items()
+        for half, tensor in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    model.set_loras([tmp_path / "lora.safetensors"])
+    check(model, load(package.checkpoint, loras=[tmp_path / "lora.safetensors"]))
+    assert relative_error(call(model, inputs(plain.config)), call(plain, inputs(plain.config))) > 1e-2
+    model.set_loras([])
+    check(model, plain)
 
 
 def test_weights_of_another_kind_in_their_place(package: Package) -> None:

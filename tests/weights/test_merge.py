@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,21 @@ def test_what_cannot_be_changes_nothing(folder: Path, tmp_path: Path) -> None:
         model.transformer_blocks[1].attn1.to_qkv.weight.mul_(2)
     with pytest.raises(LoraError, match=r"transformer_blocks\.1\.attn1\.to_qkv\.weight were changed since.*training"):
         model.set_loras([folder / "attention.safetensors"])
+
+
+@pytest.mark.filterwarnings("ignore:.*says no alpha")
+@pytest.mark.parametrize("how", ["saved over", "removed"])
+def test_files_that_are_others_by_now_are_not_taken_for_the_weights(how: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    model = cogx_fast.load(tmp_path / "model", loras=[folder / "attention.safetensors"])
+    before = weights(model)
+    if how == "removed":
+        shutil.rmtree(tmp_path / "model")
+    else:
+        model.save_pretrained(tmp_path / "model")  # with the LoRA in it
+    with pytest.raises(LoraError, match="was changed or removed since the model was loaded from it"):
+        model.set_loras([])
+    assert_same(weights(model), before)
 
 
 @pytest.mark.filterwarnings("ignore:.*says no alpha")
