@@ -10,7 +10,7 @@ from benchmarks.tiny.steps import Bench, _nothing, judge
 
 @pytest.mark.filterwarnings("ignore")
 def test_twice_as_few_blocks_change_videos_less_than_diffusers_caches_do() -> None:
-    """Three of the 50 prompts."""
+    """Three of the 50 prompts, and the cache of diffusers' that did best on eight of them at this budget."""
     bench = Bench(3, 50)
     plain, _ = bench.videos(Family("no cache", "diffusers", ()), Setting("", _nothing))
     scheduler = bench.pipes["diffusers"].scheduler
@@ -19,7 +19,7 @@ def test_twice_as_few_blocks_change_videos_less_than_diffusers_caches_do() -> No
     theirs = upstream_families(50, None)
     found = {}
     for family in (*ours, *theirs):
-        if family.name in ("by name", "TaylorSeer", "TaylorSeer lite"):
+        if family.name in ("by name", "TaylorSeer lite"):
             setting = bench.choose(family, 2.0)
             assert setting is not None, family.name
             videos, speedup = bench.videos(family, setting)

@@ -98,10 +98,17 @@ def test_switching_gives_the_bits_that_loading_gives(source: str, recipe: str | 
 
 
 @pytest.mark.filterwarnings("ignore:.*says no alpha", "ignore:recipe")
-@pytest.mark.parametrize("recipe", [None, "int8-dynamic"])
-@pytest.mark.parametrize("scope", ["block", "model"])
-def test_compiled_code_goes_on(scope: Any, recipe: str | None, folder: Path) -> None:
-    config = cogx_fast.CompileConfig(scope=scope)
+@pytest.mark.parametrize(
+    ("scope", "recipe", "backend"),
+    [
+        ("block", "int8-dynamic", "inductor"),
+        ("block", None, "aot_eager"),
+        ("model", "int8-dynamic", "aot_eager"),
+        ("model", None, "aot_eager"),
+    ],
+)
+def test_compiled_code_goes_on(scope: Any, recipe: str | None, backend: str, folder: Path) -> None:
+    config = cogx_fast.CompileConfig(scope=scope, backend=backend)
     model = cogx_fast.load(folder / "model", dtype="fp32", quant=recipe, compile=config)
     plain = run(model)
     with watch_compilation() as seen:
