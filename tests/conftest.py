@@ -29,7 +29,13 @@ def flags() -> dict[str, Any]:
         "grad mode": torch.is_grad_enabled(),
         "matmul precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "fill uninitialized memory": torch.utils.deterministic.fill_uninitialized_memory,
     }
+    backends = torch.backends
+    for name, group in {"cuda.matmul": backends.cuda.matmul, "cudnn.conv": backends.cudnn.conv}.items():
+        found[f"{name}.fp32_precision"] = group.fp32_precision
+    for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"):
+        found[f"cuda.matmul.{name}"] = getattr(backends.cuda.matmul, name)
     for name in ("torch._dynamo.config", "torch._inductor.config", "torch._functorch.config"):
         if name in sys.modules:
             found |= {f"{name}.{key}": value for key, value in sys.modules[name].get_config_copy().items()}

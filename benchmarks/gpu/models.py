@@ -128,12 +128,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @contextlib.contextmanager
 def exact_fp32() -> Iterator[None]:
     """fp32 that is fp32: no tf32 in products and convolutions."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # by allow_tf32 they could not be put back
+    before = [switch.fp32_precision for switch in switches]
     try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 def _quantize(model: nn.Module, scheme: str) -> None:
