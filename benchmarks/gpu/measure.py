@@ -20,12 +20,13 @@ OURS, PEER = "ours", "peer"
 UNITS = {"bandwidth": "GB/s"}
 """Of the ceilings, the others are TFLOP/s."""
 KINDS: dict[str, str] = {
+    "generated": r"^triton_(?:poi|per|red|fus)",
     "attention": r"flash|fmha|attention|sdpa|_attn|flex|triton_tem_fused.*(?:attn|flex|softmax)|sage",
     "products": r"gemm|cutlass|nvjet|cublas|xmma|_mm\b|mm_|\bmm|matmul|linear|conv",
-    "generated": r"triton_(?:poi|per|red|fus)|^triton_",
     "copies": r"memcpy|memset|copy|\bcat\b|clone|contiguous",
 }
 """Kinds of kernel by what their names hold, the first that fits; all else is "other"."""
+LONGEST = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class Traffic:
     """Kernels on CUDA, operators on the CPU; None where the profiler may not see them (CUPTI needs permission)."""
     kinds: dict[str, float]
     """Seconds by kind of kernel, by torch's profiler."""
+    kernels: dict[str, float]
+    """Seconds by name of the ``LONGEST`` kernels."""
 
 
 def in_turns(
@@ -140,13 +143,16 @@ def traffic(step: Callable[[], Tensor], device: torch.device) -> Traffic:
         step()
         if cuda:
             torch.cuda.synchronize(device)
-    launches, kinds = 0, dict.fromkeys([*KINDS, "other"], 0.0)
+    launches, kinds, kernels = 0, dict.fromkeys([*KINDS, "other"], 0.0), dict[str, float]()
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
         if event.key != "[memory]" and (event.device_type == torch.autograd.DeviceType.CUDA) == cuda:
             launches += event.count
             kinds[kind_of(event.key)] += microseconds / 1e6
-    return Traffic(peak_bytes=peak if cuda else _peak(profiler), launches=launches or None, kinds=kinds)
+            kernels[event.key] = microseconds / 1e6
+    longest = sorted(kernels, key=lambda name: -kernels[name])[:LONGEST]
+    return Traffic(peak_bytes=peak if cuda else _peak(profiler), launches=launches or None, kinds=kinds,
+                   kernels={name: kernels[name] for name in longest})  # fmt: skip
 
 
 def kind_of(name: str) -> str:

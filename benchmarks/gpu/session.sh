@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Half an hour on a GPU machine, in commands of at most ten minutes each; run them in this order, from anywhere:
+# A quarter of an hour on a GPU machine, in commands of at most ten minutes each; run them in this order, from anywhere:
 #
-#   benchmarks/gpu/session.sh 1 [OUT]    the gate's first cases: 5b's block and step in every recipe, beside diffusers
+#   benchmarks/gpu/session.sh 1 [OUT]    the gate's first cases: 5b's attention, then its block in every recipe
 #   benchmarks/gpu/session.sh 2 [OUT]    is the rest right? the tests marked gpu, the most telling first; the generated code
 #                                        against the described device's
 #   benchmarks/gpu/session.sh 3 [OUT]    goes on with what is left of both
 #
-# Each part ends within its time, names what it did not run, and goes on from OUT (default: out/gpu), which must outlast
-# the command; a part may be repeated. What a first run measures is recorded in benchmarks/expected/gpu/<device>.csv and
-# in README's table, and copied to OUT/commit: commit that, whatever it says. Wheels from `make gpu-wheels`, if they lie
-# in .wheels, are installed beside the machine's own packages, for this run only. Nothing here changes a setting of the
-# GPU. SECONDS_A_PART and GATE, TESTS, CODEGEN (more arguments of each) are for trying this without a GPU.
+# Each part ends within its time (SECONDS_A_PART, 570), names what it did not run, and goes on from OUT (default:
+# out/gpu), which must outlast the command; a part may be repeated. Compiling takes most of it: on an H200 with 16 cores
+# the first block took 200 s (diffusers' max-autotune 150 of them), another recipe 150, all tests at once by eight
+# processes 130. Where OUT/cache is kept, or carried to the next machine of the kind, that is not paid again.
+#
+# What a first run measures is recorded in benchmarks/expected/gpu/<device>.csv and in README's table, and copied to
+# OUT/commit: commit that, whatever it says. Wheels from `make gpu-wheels`, if they lie in .wheels, are installed beside
+# the machine's own packages, for this run only. Nothing here changes a setting of the GPU. GATE, TESTS, CODEGEN (more
+# arguments of each) are for trying this without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 part=${1:?say which part: 1, 2 or 3}

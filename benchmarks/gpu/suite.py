@@ -52,8 +52,8 @@ class Found:
     """What is recorded beside it."""
     seconds: list[float]
     """Ours, by round."""
-    kinds: dict[str, float]
-    """Seconds by kind of kernel."""
+    traffic: dict[str, Traffic]
+    """What ours does and what the peer does."""
     verdict: gate.Verdict
     recorded: str
     """Where it was recorded, and why; empty if it was not."""
@@ -113,7 +113,9 @@ class Suite:
 
     def judge(self, case: Case, steps: Mapping[str, Callable[[], Tensor]], facts: Mapping[str, float]) -> Found:
         """Time steps in turns, and hold what they show against the table; what is too slow is timed again."""
-        seconds, seen = self._turns(steps, None), measure.traffic(steps[OURS], self.device)
+        seconds = self._turns(steps, None)
+        traffic = {name: measure.traffic(step, self.device) for name, step in steps.items()}
+        seen = traffic[OURS]
         metrics, notes = self._show(case, seconds, seen, facts)
         verdict = self._compare(case, metrics, notes)
         if verdict.regressions:
@@ -121,7 +123,7 @@ class Suite:
             metrics, notes = self._show(case, seconds, seen, facts)
             verdict = self._compare(case, metrics, notes)
         recorded = self._record(case, metrics, notes)
-        return Found(metrics=metrics, notes=notes, seconds=seconds[OURS], kinds=seen.kinds,
+        return Found(metrics=metrics, notes=notes, seconds=seconds[OURS], traffic=traffic,
                      verdict=gate.Verdict() if recorded else verdict, recorded=recorded)  # fmt: skip
 
     def _turns(self, steps: Mapping[str, Callable[[], Tensor]], rounds: int | None) -> dict[str, list[float]]:
@@ -214,5 +216,6 @@ def _short(value: float) -> float:
 
 def as_json(found: Found) -> dict[str, Any]:
     """What the ledger holds of a case."""
-    return {"metrics": found.metrics, "notes": found.notes, "kinds": found.kinds, "recorded": found.recorded,
+    traffic = {name: {"kinds": seen.kinds, "kernels": seen.kernels} for name, seen in found.traffic.items()}
+    return {"metrics": found.metrics, "notes": found.notes, "traffic": traffic, "recorded": found.recorded,
             "told": found.verdict.told}  # fmt: skip

@@ -1,9 +1,10 @@
-"""The tables of what to expect on an H100, made from committed files (``python -m benchmarks.gpu.table``).
+"""What to expect on an H100 and what GPUs have shown, made from committed files (``python -m benchmarks.gpu.table``).
 
 README has the rows that most look for, docs/measurements.md all.
 
 A row whose case is in the device's table of the gate is measured, and says at which commit; every other row is
-predicted, by the device's stated ceilings and the kernels and bytes counted in the generated code.
+predicted, by the device's stated ceilings and the kernels and bytes counted in the generated code. Whatever the gate
+has recorded, on any device, is a second table.
 """
 
 from __future__ import annotations
@@ -91,8 +92,30 @@ def _sources(counted: Table, measured: Table) -> str:
         name = MEASURED.relative_to(ROOT)
         text += f"Measured: on {DEVICE.name} with {versions(measured)}, at the commit that is named (`{name}`)."
     else:
-        text += "Nothing is measured yet: there has been no such device."
+        text += "No step has been measured on such a device."
     return textwrap.fill(text, 120, break_on_hyphens=False)
+
+
+def render_measured(tables: Mapping[str, Table]) -> str:
+    """What the gate has recorded, by device; empty where it has recorded nothing."""
+    header = ("measured on", "case", "ms", "diffusers compiled, ms", "ratio", "error (diffusers')", "with, at")
+    rows = []
+    for device, table in tables.items():
+        versions = ", ".join(f"{row.metric} {row.value}" for row in table.values() if row.case == gate.VERSIONS)
+        for case in dict.fromkeys(case for case, metric in table if metric == "ratio"):
+            one = {metric: row.value for (name, metric), row in table.items() if name == case}
+            times = (f"{1e3 * float(one[name]):.2f}" for name in ("seconds", "peer_seconds"))
+            error = f"{float(one['error']):.1e}" + (f" ({float(one['peer_error']):.1e})" if "peer_error" in one else "")
+            rows.append((device, f"`{case}`", *times, one["ratio"], error, f"{versions}, {one['commit']}"))
+    if not rows:
+        return ""
+    note = (
+        "Measured in turns in one process by `benchmarks/gpu`; the ratio is the one that is gated. A block is a model "
+        "of one layer with guidance (batch 2) at the model's own video size, its embedding and its last norm included; "
+        "attention alone is compared with SDPA's. The error is relative to the same in fp32."
+    )
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n\n" + textwrap.fill(note, 120) + "\n"
 
 
 def current(file: Path) -> str:
@@ -107,6 +130,8 @@ def current(file: Path) -> str:
         raise ValueError(f"{file}: expected the lines {BEGIN.strip()} and {END.strip()}")
     measured = gate.read(MEASURED) if MEASURED.is_file() else {}
     text = render(gate.read(COUNTED), measured, *(IN_README if file == README else ()))
+    tables = {path.stem.replace("-", " "): gate.read(path) for path in sorted(suite.EXPECTED.glob("*.csv"))}
+    text = "\n".join(part for part in (text, render_measured(tables)) if part)
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -65,10 +66,15 @@ def test_outputs_stay_and_inputs_may_be_reused_or_freed(mode: str) -> None:
 @pytest.mark.parametrize("recipe", [None, "int8-weight-only", "fp8-weight-only", "int8-dynamic", "fp8-dynamic"])
 @pytest.mark.parametrize("batches", [(1, 2, 4), (4, 1)], ids=str)
 def test_all_batches_on_cuda_are_one_graph(recipe: str | None, batches: tuple[int, ...]) -> None:
+    """torch 2.11 cannot be told that a batch is 1 or more: with quantized activations, 1 has a graph of its own."""
+    from torch._dynamo.decorators import mark_unbacked
+
+    is_told = "min" in inspect.signature(mark_unbacked).parameters
     model, eager = make(recipe), make(recipe)
     compile_model(model, CompileConfig())
     with watch_compilation() as stats:
         for batch in batches:
             given = on_gpu(model, batch=batch)
             assert relative_error(call(model, given), call(eager, given)) <= 5e-2
-    assert (stats.graphs, stats.breaks) == (1, 0)
+    graphs = 1 if is_told or recipe not in ("int8-dynamic", "fp8-dynamic") else 2
+    assert (stats.graphs, stats.breaks) == (graphs, 0)
