@@ -16,6 +16,10 @@ MODELS = ("5b", "2b", "1.5-5b", "5b-i2v", "1.5-5b-i2v")
 QUICK_MODEL = "tiny"
 SPARSE = "radial"
 RECIPES = ("bf16", "fp8-dynamic", "int8-dynamic", SPARSE)
+CACHES = ("balanced", "fast")
+"""Step caches, by their names."""
+STEPS = 24
+"""Of a loop with one."""
 PEERS = ("eager", "fp8-row", "int8-dynamic")
 """diffusers in other ways than the one that everything is compared with: the two recipes are torchao's own."""
 BATCH = 2
@@ -29,16 +33,20 @@ FLEX_OPTIONS: dict[str, dict[str, int | bool]] = {
 """Of flex-attention's template, those that do not spill (NOTES.md)."""
 
 
+Part = Literal["block", "step", "attention", "loop"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One thing that is timed beside its peer."""
 
     model: str
-    part: Literal["block", "step", "attention"]
-    """A model of one layer, the whole model, or attention alone."""
+    part: Part
+    """A model of one layer, the whole model, attention alone, or the one layer in a loop of ``STEPS``."""
     owner: Literal["ours", "diffusers"] = "ours"
     recipe: str = "bf16"
-    """One of ``RECIPES``, or of ``PEERS``; of attention alone a backend, or "flex" and one of ``FLEX_OPTIONS``."""
+    """One of ``RECIPES``, or of ``PEERS``; of attention alone a backend, or "flex" and one of ``FLEX_OPTIONS``; of a
+    loop one of ``CACHES``."""
     scope: Literal["block", "model"] = "block"
     """What is compiled of ours."""
 
@@ -61,7 +69,7 @@ class Case:
     @property
     def quant(self) -> str | None:
         """The recipe of ours, if it is a quantized one."""
-        return self.recipe if self.recipe not in ("bf16", SPARSE) else None
+        return self.recipe if self.recipe not in ("bf16", SPARSE, *CACHES) else None
 
     @property
     def kept(self) -> float:
@@ -75,13 +83,15 @@ def plan(*, quick: bool = False) -> list[Case]:
     """Every case: attention of the first model, which compiles least, its blocks and steps, then the other models'."""
     models = (QUICK_MODEL,) if quick else MODELS
     first, *rest = models
-    groups: list[tuple[str, Literal["block", "step", "attention"]]] = [(first, "attention"), (first, "block")]
-    groups += [(first, "step"), *((model, "block") for model in rest), *((model, "step") for model in rest)]
+    groups: list[tuple[str, Part]] = [(first, "attention"), (first, "block"), (first, "loop"), (first, "step")]
+    groups += [*((model, "block") for model in rest), *((model, "step") for model in rest)]
     groups += [(model, "attention") for model in rest if model == "1.5-5b"]
     return [case for model, part in groups for case in _group(model, part)]
 
 
-def _group(model: str, part: Literal["block", "step", "attention"]) -> list[Case]:
+def _group(model: str, part: Part) -> list[Case]:
+    if part == "loop":
+        return [Case(model=model, part=part, recipe=cache) for cache in CACHES]
     if part == "attention":
         kernels = [*BACKENDS, *(f"flex {options}" for options in FLEX_OPTIONS)]
         kernels.sort(key=lambda name: name == "sdpa-math")  # holds every score in memory: last, where it may fail

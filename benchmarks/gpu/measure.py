@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import BATCH, Case
+from benchmarks.gpu.cases import BATCH, STEPS, Case
 from benchmarks.gpu.models import Step, UnsupportedError
 from cogx_fast.measure import devices, roofline, timing
+from cogx_fast.runtime.step_schedule_file import foresee_schedule
 
 OURS, PEER = "ours", "peer"
 UNITS = {"bandwidth": "GB/s"}
@@ -108,6 +109,9 @@ def _product(name: str, side: int, device: torch.device) -> Step:
 def floor_seconds(case: Case, device: devices.Device) -> float:
     """The least time that the ceilings allow for what the case computes."""
     scheme = case.recipe if case.recipe in roofline.SCHEMES else roofline.UNQUANTIZED
+    if case.part == "loop":
+        schedule = foresee_schedule(case.recipe, case.config, STEPS)
+        return sum(roofline.schedule_seconds(schedule, case.config, case.tokens, device, batch=BATCH))
     parts = roofline.parts(case.config, case.tokens, batch=BATCH, scheme=scheme, kept=case.kept)
     return sum(part.seconds(device) for part in parts if case.part != "attention" or part.name == "attention")
 

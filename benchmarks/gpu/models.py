@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from benchmarks.gpu.cases import BATCH, FLEX_OPTIONS, SPARSE, Case
+from benchmarks.gpu.cases import BATCH, CACHES, FLEX_OPTIONS, SPARSE, STEPS, Case
 from cogx_fast import load
 from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.attention.masks import full_block_mask
@@ -51,6 +51,13 @@ def step(model: Any, case: Case, device: torch.device, dtype: torch.dtype = DTYP
     return lambda: contest.run(model, arguments)
 
 
+def loop(model: Any, case: Case, device: torch.device) -> Step:
+    """A generation's calls, one after another."""
+    arguments = contest.call_arguments(case.config, case.tokens, BATCH, DTYPE, device)
+    timesteps = torch.linspace(LAST_TIMESTEP, 1, STEPS).round().long().to(device)  # a call's is a view of them
+    return lambda: [contest.run(model, arguments | {"timestep": each.expand(BATCH)}) for each in timesteps][-1]
+
+
 def compiled_peer(case: Case, device: torch.device, *, quick: bool) -> Any:
     """diffusers' model as everything is compared with it."""
     options: dict[str, Any] = {"backend": "aot_eager"} if quick else {"mode": "max-autotune"}
@@ -73,6 +80,8 @@ def prepare(case: Case, model: Any, *, quick: bool) -> Any:
     chosen: dict[str, Any] = {"attention": "flex", "attention_plan": SPARSE} if sparse else {"attention": "sdpa"}
     if case.quant:
         chosen["quant"] = case.quant
+    if case.recipe in CACHES:
+        chosen["step_cache"] = case.recipe
     try:
         return load(model, compile=CompileConfig(scope=case.scope, backend=backend), **chosen)
     except ValueError as error:
@@ -115,8 +124,8 @@ def attention(case: Case, device: torch.device, *, quick: bool) -> tuple[Step, S
 
 
 def one_layer(case: Case) -> Case:
-    """The case's block."""
-    return dataclasses.replace(case, part="block")
+    """The case's block, in every step whole."""
+    return dataclasses.replace(case, part="block", recipe="bf16" if case.recipe in CACHES else case.recipe)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -105,7 +105,7 @@ class Suite:
             facts = self._check(case)
             peer = self._peer_step(case)
             model = models.prepare(case, models.upstream(case, self.device), quick=self.quick)
-            ours = models.step(model, case, self.device)
+            ours = _calls(case)(model, case, self.device)
         begin = self._now()
         ours()
         facts["first_call"] = self._now() - begin
@@ -174,7 +174,7 @@ class Suite:
         if self._peer is None or self._peer[0] != key:
             self._peer = None
             self._collect()
-            step = models.step(models.compiled_peer(case, self.device, quick=self.quick), case, self.device)
+            step = _calls(case)(models.compiled_peer(case, self.device, quick=self.quick), case, self.device)
             step()
             self._peer = (key, step)
         return self._peer[1]
@@ -207,6 +207,10 @@ class Suite:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _calls(case: Case) -> Callable[..., models.Step]:
+    return models.loop if case.part == "loop" else models.step
 
 
 def _short(value: float) -> float:

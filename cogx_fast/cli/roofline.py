@@ -7,7 +7,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from cogx_fast import sizes
@@ -16,8 +15,7 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.measure import mesh, roofline
 from cogx_fast.measure.devices import DEVICES, PCIE_SHARE, Device, get_device
 from cogx_fast.pipelines.locate import Model, locate
-from cogx_fast.runtime.step_schedule import FirstBlock, StepCacheError, StepSchedule, TeaCache
-from cogx_fast.runtime.step_schedule_file import choose_strategy
+from cogx_fast.runtime.step_schedule_file import foresee_schedule
 from cogx_fast.sizes import Tokens, VideoSize
 from cogx_fast.terminal import Progress, scaled, table
 
@@ -108,7 +106,7 @@ def run(arguments: argparse.Namespace, _: Progress) -> tuple[dict[str, Any], str
         facts["streaming"] = [dataclasses.asdict(each) | {"hides": each.hides} for each in links]
     if arguments.step_cache is not None:
         shared = {**options, "guidance": best.guidance, "sequence": best.sequence}
-        schedule = _read_schedule(arguments.step_cache, model.config, arguments.steps)
+        schedule = foresee_schedule(arguments.step_cache, model.config, arguments.steps)
         steps = roofline.schedule_seconds(schedule, model.config, tokens, device, **shared)
         facts["step_cache"] = {
             "schedule": arguments.step_cache,
@@ -269,14 +267,6 @@ def _counts(text: str) -> tuple[int, ...]:
     if not numbers:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected N, or N..M with M from N on")
     return tuple(numbers)
-
-
-def _read_schedule(value: str, config: TransformerConfig, steps: int) -> StepSchedule:
-    strategy = choose_strategy(value, config)
-    if isinstance(strategy, FirstBlock | TeaCache):
-        raise StepCacheError(f"step_cache is {value!r}, which depends on the model's weights: give a name or a file")
-    layers: Any = SimpleNamespace(transformer_blocks=range(config.num_layers))
-    return strategy.schedule(layers, range(steps, 0, -1))
 
 
 def _read_ceilings(path: Path | None) -> dict[str, Any]:

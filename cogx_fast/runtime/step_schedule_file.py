@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from cogx_fast.attention.plan_file import write_whole
@@ -84,6 +85,21 @@ def choose_strategy(
     )
 
 
+def foresee_schedule(
+    value: StepSchedule | str | os.PathLike[str], config: TransformerConfig, steps: int
+) -> StepSchedule:
+    """The schedule that ``step_cache=`` gives a model in so many steps, where it does not hang on the weights.
+
+    Raises:
+        StepCacheError: it does, or it is none.
+    """
+    strategy = choose_strategy(value, config)
+    if isinstance(strategy, FirstBlock | TeaCache):
+        raise StepCacheError(f"step_cache is {value!r}, which depends on the model's weights: give a name or a file")
+    layers: Any = SimpleNamespace(transformer_blocks=range(config.num_layers))
+    return strategy.schedule(layers, range(steps, 0, -1))
+
+
 def render_schedule(schedule: StepSchedule) -> str:
     """The schedule as TOML."""
     lines = ["# A step schedule of cogx_fast: how many of the first blocks each step computes.", f"format = {FORMAT}"]
@@ -146,4 +162,4 @@ def _parse(data: dict[str, Any]) -> StepSchedule:
     return StepSchedule(**values)
 
 
-__all__ = ["choose_strategy", "read_schedule", "render_schedule", "write_schedule"]
+__all__ = ["choose_strategy", "foresee_schedule", "read_schedule", "render_schedule", "write_schedule"]

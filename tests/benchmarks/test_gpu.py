@@ -18,13 +18,15 @@ from torch import Tensor
 from benchmarks import gate
 from benchmarks.environment import ROOT
 from benchmarks.gpu import __main__ as runner
-from benchmarks.gpu import budget, measure, suite, table, wheels
-from benchmarks.gpu.cases import MODELS, RECIPES, Case, plan
+from benchmarks.gpu import budget, measure, models, suite, table, wheels
+from benchmarks.gpu.cases import CACHES, MODELS, RECIPES, STEPS, Case, plan
 from benchmarks.gpu.measure import OURS, PEER
 from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.attention.plan import BUILT_IN
-from cogx_fast.measure import contest, timing
+from cogx_fast.measure import contest, devices, timing
 from cogx_fast.model import layers
+from cogx_fast.runtime.step_cache import StepCache
+from cogx_fast.runtime.step_schedule_file import foresee_schedule
 from tests.conftest import run_cli
 
 CPU = torch.device("cpu")
@@ -248,6 +250,23 @@ def test_every_variant_recipe_scope_and_kernel_is_in_the_plan() -> None:
     sparse = next(case for case in cases if str(case) == "5b/step/radial")
     assert 0.3 < sparse.kept < 0.5
     assert BUILT_IN["radial"](sparse.config).choice == ((1,),) * 42
+
+
+def test_a_loop_has_the_step_cache_and_its_floor_is_of_fewer_blocks() -> None:
+    block, *loops = [
+        case for case in plan() if case.model == "5b" and (case.part == "loop" or str(case) == "5b/block/bf16")
+    ]
+    assert {case.recipe for case in loops} == set(CACHES)
+    device = devices.DEVICES["h100"]
+    whole = STEPS * measure.floor_seconds(block, device)
+    for case in loops:
+        schedule = foresee_schedule(case.recipe, case.config, STEPS)
+        assert whole / schedule.speedup < measure.floor_seconds(case, device) < 1.1 * whole / schedule.speedup
+        small = dataclasses.replace(case, model="tiny")
+        model = models.prepare(small, models.upstream(small, torch.device("cpu")), quick=True)
+        assert isinstance(model.runner.slots.reuse, StepCache)
+    step = models.loop(lambda **given: (given["timestep"],), loops[0], torch.device("cpu"))
+    assert step().tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(
