@@ -132,14 +132,18 @@ class _Functional(nn.Module):
 
 
 def _compile_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange, target: Path) -> None:
+    from filelock import FileLock  # torch's own dependency
     from torch._inductor import aoti_compile_and_package
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     from cogx_fast.runtime.compile import CompileConfig, _inductor_options
 
     int8 = any(map(is_int8_dynamic, block.modules()))
     options = _inductor_options(CompileConfig(), model.device, int8=int8)
     program = export_block(model, block, sizes)
-    with torch.no_grad(), candidates(model.device, options):
+    # Of two packages at once, one is compiled: torch writes the objects that they share over each other in its cache.
+    alone = FileLock(Path(cache_dir(), "cogx_fast-package.lock"))
+    with alone, torch.no_grad(), candidates(model.device, options):
         aoti_compile_and_package(
             program, package_path=str(target), inductor_configs={**options, "aot_inductor.embed_kernel_binary": True}
         )

@@ -378,7 +378,7 @@ class CogVideoXModel(CogVideoXTransformer):
 
         Raises:
             StepCacheError: (a ValueError) it is nothing that can be used, or another model's.
-            ValueError: the model is compiled with ``scope="model"``.
+            ValueError: the model is compiled with ``scope="model"``, and it takes more graphs than that has.
         """
         reuse: Any = compute_all if value is None else StepCache(choose_strategy(value, self.config))
         self.runner.use(dataclasses.replace(self.runner.slots, reuse=reuse))
