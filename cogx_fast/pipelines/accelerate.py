@@ -11,7 +11,7 @@ from torch import nn
 
 from cogx_fast.config import UPSTREAM_CLASS
 from cogx_fast.loading import load
-from cogx_fast.pipelines.memory import BudgetError, fit, read_memory
+from cogx_fast.pipelines.memory import BudgetError, fit, read_memory, refuse_impossible
 from cogx_fast.pipelines.placement import Placement
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import Given
@@ -29,7 +29,7 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
     refers to it (a variable, another pipeline), hooks of accelerate are on it, or ``keep_source=True``. Where
     accelerate placed or offloaded it (``device_map``, ``enable_model_cpu_offload``, ``enable_sequential_cpu_offload``),
     this one is placed in the same way. Adapters must be merged (``pipe.fuse_lora()``). After an error the pipeline is
-    as it was, but for a budget that cannot be kept, which is found when this transformer is in it.
+    as it was, but for a budget that only a smaller recipe than the given one would keep: that is found afterwards.
 
     Args:
         pipe: a ``CogVideoXPipeline``, ``…ImageToVideoPipeline``, ``…VideoToVideoPipeline`` or
@@ -65,6 +65,7 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
         placement.refuse_layers(f"offload={options['offload']!r} streams the blocks itself")
     if memory is not None:
         placement.refuse_layers("memory=... lays it out itself")
+        refuse_impossible(pipe, memory, quantized=options.get("quant") is not None)
     options.setdefault("keep_source", is_shared or placement.has_hooks)
     with placement.lifted():
         model = load(transformer, **options)

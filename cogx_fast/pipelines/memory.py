@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -98,8 +99,6 @@ def _streamed_bytes(transformer: Any) -> int | None:
 
 def released(config: TransformerConfig) -> Any:
     """The parts of a released pipeline in bf16, without values: T5-XXL's encoder, the VAE, a transformer."""
-    from types import SimpleNamespace
-
     from diffusers import AutoencoderKLCogVideoX
     from transformers import T5Config, T5EncoderModel
 
@@ -242,18 +241,11 @@ def fit(pipe: Any, memory: int | str, device: torch.device) -> str:
     Raises:
         BudgetError: (a ValueError) it cannot be kept; the message says what would do.
     """
-    budget = read_memory(memory)
     config = pipe.transformer.config
     size = default_video(config)
     needs = estimate(pipe, count_tokens(config, size), size)
-    chosen, needs, is_small = choose_within(needs, pipe.text_encoder, budget)
+    chosen, needs, is_small = _choose_or_refuse(pipe, needs, memory, size)
     note = ", the text encoder in int8" if is_small else ""
-    if chosen.kind == "sequential":
-        least = SPARE + min(max(phases(needs, kind, True).values(), default=budget) for kind in ("model", "blocks"))
-        raise BudgetError(
-            f"memory={memory!r} is too little for this pipeline at {size}: it takes {_gib(least)} or more, with "
-            f"{_gib(SPARE)} of it for CUDA and its libraries. Give that, or load a smaller model (2b)"
-        )
     if is_small:
         _to_int8(pipe.text_encoder)
     if chosen.kind != "none" and next(pipe.transformer.parameters()).device.type != "cpu":
@@ -263,6 +255,50 @@ def fit(pipe: Any, memory: int | str, device: torch.device) -> str:
     words = ", ".join(f"{phase} {_gib(size + SPARE)}" for phase, size in peaks.items())
     tiled = ", VAE tiled" if chosen.vae_tiling else ""
     return f"memory={memory}: {_WORDS[chosen.kind]}{tiled}{note}; predicted peaks at {size}: {words}"
+
+
+def refuse_impossible(pipe: Any, memory: int | str, *, quantized: bool) -> None:
+    """See, before anything of a pipeline is changed, that its parts can keep to a budget with our transformer.
+
+    Args:
+        pipe: with its own transformer, or ours.
+        memory: as for ``fit``.
+        quantized: whether the transformer is going to be; then its blocks are taken to have four bits a weight.
+
+    Raises:
+        BudgetError: (a ValueError) they cannot; the message says what would do.
+    """
+    from cogx_fast.runtime.module import CogVideoXModel
+
+    given = pipe.transformer
+    config = TransformerConfig(**{name: given.config[name] for name in TransformerConfig.__dataclass_fields__})
+    with torch.device("meta"):
+        model = torch.nn.Module.to(CogVideoXModel(config), given.dtype)
+    parts = {**pipe.components, "transformer": model}
+    size = default_video(config)
+    needs = estimate(SimpleNamespace(components=parts, **parts), count_tokens(config, size), size)
+    if quantized:
+        blocks, kept = sum(map(_bytes, model.transformer_blocks)), 0.5 / given.dtype.itemsize
+        streamed = _streamed_bytes(model)
+        assert streamed is not None
+        needs = replace(
+            needs,
+            weights={**needs.weights, "transformer": needs.weights["transformer"] - int((1 - kept) * blocks)},
+            streamed=streamed - int((1 - kept) * SLOTS * blocks / config.num_layers),
+        )
+    _choose_or_refuse(pipe, needs, memory, size)
+
+
+def _choose_or_refuse(pipe: Any, needs: Needs, memory: int | str, size: VideoSize) -> tuple[Offload, Needs, bool]:
+    budget = read_memory(memory)
+    chosen, needs, is_small = choose_within(needs, pipe.text_encoder, budget)
+    if chosen.kind == "sequential":
+        least = SPARE + min(max(phases(needs, kind, True).values(), default=budget) for kind in ("model", "blocks"))
+        raise BudgetError(
+            f"memory={memory!r} is too little for this pipeline at {size}: it takes {_gib(least)} or more, with "
+            f"{_gib(SPARE)} of it for CUDA and its libraries. Give that, or load a smaller model (2b)"
+        )
+    return chosen, needs, is_small
 
 
 def choose_within(needs: Needs, text_encoder: torch.nn.Module, budget: int) -> tuple[Offload, Needs, bool]:
@@ -343,5 +379,5 @@ def _gib(size: int) -> str:
 
 __all__ = [
     "OFFLOADS", "SPARE", "BudgetError", "Needs", "Offload", "choose", "choose_within", "estimate", "fit", "phases",
-    "place", "read_memory", "released", "step_bytes",
+    "place", "read_memory", "refuse_impossible", "released", "step_bytes",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from cogx_fast.pipelines.memory import BudgetError, Needs, choose, phases, read_
 from cogx_fast.pipelines.peaks import decode_peak, step_peak
 from cogx_fast.sizes import count_tokens, default_video
 from tests.conftest import report, run_cli
+from tests.pipes import make_pipe
 
 GIB = 1 << 30
 TEXT_ENCODER, VAE = 8.87, 0.41
@@ -125,6 +126,21 @@ def test_a_budget_is_read_or_named() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(BudgetError, match="there is none"):
             cogx_fast.accelerate(None, memory="12GB")
+
+
+@pytest.mark.parametrize("quant", [None, "int8-weight-only"])
+def test_an_impossible_budget_leaves_the_pipeline_as_it_was(quant: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = make_pipe("CogVideoXPipeline", "5b")
+
+    def parts() -> dict[str, list[int]]:
+        modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        return {name: [id(part), *map(id, part.parameters())] for name, part in modules.items()}
+
+    before = parts()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(BudgetError, match=r"too little for this pipeline at .*: it takes 1\.\d GiB or more"):
+        cogx_fast.accelerate(pipe, memory=GIB + 1, quant=quant)
+    assert parts() == before
 
 
 @pytest.mark.parametrize("preset", ["2b", "5b"])
