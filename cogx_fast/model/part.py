@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import nn
 
-PLACING = ("group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker", "layerwise_casting")
+PLACING = (
+    "group_offloading", "lazy_prefetch_group_offloading", "layer_execution_tracker", "layerwise_casting",
+    "peft_autocast_disable",
+)  # fmt: skip
 """diffusers' hooks that move or cast weights and leave what is computed alone: they work on any module."""
 
 

@@ -1,7 +1,7 @@
 """What diffusers' model answers about adapters (``PeftAdapterMixin``). Importing it needs diffusers.
 
-What is loaded to be used is merged into the weights (``runtime.adapters``); what is trained stands in the model as PEFT
-has it, around query, key and value apart.
+What is loaded to be used is merged into the weights (``runtime.adapters``). What is trained stands in the model as PEFT
+has it, around query, key and value apart; while it does, diffusers' own methods do all that is asked of adapters.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel as Upstream
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor, nn
 
 from cogx_fast.runtime.attached import ADAPTERS, AttachedError, take_off_adapters
@@ -26,12 +28,42 @@ class AdapterMethods(CogVideoXModel):
 
     _trained_configs: dict[str, Any] | None = None
 
+    _trained_scale = 1.0
+    """What trained adapters are multiplied by at present, as the last call asked for."""
+
     def _follow_scale(self, attention_kwargs: Mapping[str, Any] | None) -> None:
-        if "adapters" in self._modules:
-            self._adapters().scale_calls(float((attention_kwargs or {}).get("scale", 1.0)))
+        scale = float((attention_kwargs or {}).get("scale", 1.0))
+        if self._is_trained:
+            self._scale_trained(scale)
+        elif "adapters" in self._modules:
+            self._adapters().scale_calls(scale)
+
+    def _scale_trained(self, scale: float) -> None:
+        if scale == self._trained_scale:
+            return
+        from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+
+        unscale_lora_layers(self, self._trained_scale)
+        scale_lora_layers(self, scale)
+        self._trained_scale = scale
+
+    @property
+    def _is_trained(self) -> bool:
+        return "_trained_configs" in self.__dict__
+
+    def _theirs(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """What diffusers' method of that name does, with the trained adapters as strong as they are without a call."""
+        self._scale_trained(1.0)
+        return getattr(Upstream, name)(self, *arguments, **options)
 
     def set_loras(self, loras: Sequence[LoraLike]) -> None:
-        """As ``CogVideoXModel.set_loras``; adapters that pipelines loaded come on top of these."""
+        """As ``CogVideoXModel.set_loras``; adapters that pipelines loaded come on top of these.
+
+        Raises:
+            AttachedError: (a ValueError) an adapter that is trained is on the model.
+        """
+        if self._is_trained:
+            raise AttachedError("an adapter that is trained is on the model: call unload_lora() first")
         if "adapters" in self._modules:
             self._adapters().stand_on(read_loras(loras, self._config))
         else:
@@ -40,8 +72,6 @@ class AdapterMethods(CogVideoXModel):
     def _adapters(self) -> Any:
         from cogx_fast.runtime.adapters import Adapters
 
-        if self.__dict__.get("_trained_configs"):
-            raise AttachedError("an adapter that is trained is on the model: call unload_lora() before others are used")
         if "adapters" not in self._modules:
             self.adapters = Adapters(self)
         return self.adapters
@@ -55,27 +85,37 @@ class AdapterMethods(CogVideoXModel):
         adapter_name: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         network_alphas: Mapping[str, float] | None = None,
-        **_: Any,
+        weight_name: str | None = None,
+        **others: Any,
     ) -> None:
         """Take a LoRA, merged into the weights; it becomes the active one (as ``pipe.load_lora_weights`` asks for it).
 
         Args:
-            pretrained_model_name_or_path_or_dict: its tensors, or a ``.safetensors`` file.
+            pretrained_model_name_or_path_or_dict: its tensors, a ``.safetensors`` file, or the folder of one.
             prefix: names that begin otherwise are another part's; taken all the same where no name begins so.
             hotswap: it takes the place of the adapter of that name.
             adapter_name: its name; None makes one.
             metadata: peft's configuration of it.
             network_alphas: alphas by module, of older files.
+            weight_name: the file's name in its folder.
+            **others: diffusers', which matter while an adapter is trained.
 
         Raises:
             LoraError: (a ValueError) it cannot be merged; nothing is changed then.
             ValueError: the name is taken already.
         """
         given = pretrained_model_name_or_path_or_dict
+        if self._is_trained:
+            self._theirs(
+                "load_lora_adapter", given, prefix, hotswap, adapter_name=adapter_name, metadata=metadata,
+                network_alphas=network_alphas, weight_name=weight_name, **others,
+            )  # fmt: skip
+            return
         if not isinstance(given, Mapping):
             from safetensors import safe_open
 
-            with safe_open(os.fspath(given), "pt") as file:
+            path = Path(given)
+            with safe_open(path / (weight_name or LORA_WEIGHT_NAME_SAFE) if path.is_dir() else path, "pt") as file:
                 texts = file.metadata() or {}
                 given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
             metadata = json.loads(texts["lora_adapter_metadata"]) if "lora_adapter_metadata" in texts else metadata
@@ -85,6 +125,9 @@ class AdapterMethods(CogVideoXModel):
 
     def set_adapters(self, adapter_names: list[str] | str, weights: Any = None) -> None:
         """Have these adapters be the active ones, as strong as said (1 each where nothing is)."""
+        if self._is_trained:
+            self._theirs("set_adapters", adapter_names, weights)
+            return
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         strengths = weights if isinstance(weights, list) else [weights] * len(names)
         if len(strengths) != len(names):
@@ -95,22 +138,39 @@ class AdapterMethods(CogVideoXModel):
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
     ) -> None:
         """Have the active adapters stay in the weights, whichever are active later, until ``unfuse_lora``."""
-        self._adapters().fuse(lora_scale, adapter_names)
+        if self._is_trained:
+            self._theirs("fuse_lora", lora_scale, safe_fusing, adapter_names)
+        else:
+            self._adapters().fuse(lora_scale, adapter_names)
 
     def unfuse_lora(self) -> None:
         """Take back what ``fuse_lora`` did."""
-        self._adapters().unmerge()
+        if self._is_trained:
+            self._theirs("unfuse_lora")
+        else:
+            self._adapters().unmerge()
 
     def enable_lora(self) -> None:
         """Turn adapters on again."""
-        self._adapters().enable_adapters(True)
+        if self._is_trained:
+            self._theirs("enable_lora")
+        else:
+            self._adapters().enable_adapters(True)
 
     def disable_lora(self) -> None:
         """Turn all adapters off; the weights are what they were before any was loaded, to the bit."""
-        self._adapters().enable_adapters(False)
+        if self._is_trained:
+            self._theirs("disable_lora")
+        else:
+            self._adapters().enable_adapters(False)
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Forget these adapters."""
+        if self._is_trained:
+            self._theirs("delete_adapters", adapter_names)
+            if not self._trained_configs:
+                self.unload_lora()
+            return
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self._adapters().delete_adapter(name)
 
@@ -127,7 +187,7 @@ class AdapterMethods(CogVideoXModel):
         for block in blocks:
             block.attn1.join()
         self.merged.note(self)
-        for name in ("_trained_configs", "_hf_peft_config_loaded"):  # the class says that there is none
+        for name in ("_trained_configs", "_trained_scale", "_hf_peft_config_loaded"):  # the class has what says none
             self.__dict__.pop(name, None)
 
     def active_adapters(self) -> list[str]:
@@ -136,6 +196,8 @@ class AdapterMethods(CogVideoXModel):
         Raises:
             ValueError: there is none.
         """
+        if self._is_trained:
+            return [each] if isinstance(each := self._theirs("active_adapters"), str) else list(each)
         if not self._adapters().configs:
             raise ValueError("no adapter is loaded: load one first")
         return list(self._adapters().active_adapters)
@@ -143,12 +205,15 @@ class AdapterMethods(CogVideoXModel):
     def enable_lora_hotswap(self, **_: Any) -> None:
         """Nothing to prepare: another adapter never makes anything compile again."""
 
-    def save_lora_adapter(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: what was loaded is in the weights, and what is trained ``pipe.save_lora_weights`` writes."""
-        raise AttachedError(
-            "adapters that were loaded are merged into the weights, and their files are there already; write one that "
-            "was trained by pipe.save_lora_weights(folder, peft.get_peft_model_state_dict(model))"
-        )
+    def save_lora_adapter(self, *arguments: Any, **options: Any) -> None:
+        """Write an adapter that is trained, as diffusers does.
+
+        Raises:
+            AttachedError: (a ValueError) there is none: what was loaded is in the weights, and its file is there.
+        """
+        if not self._is_trained:
+            raise AttachedError("adapters that were loaded are merged into the weights; their files are there already")
+        self._theirs("save_lora_adapter", *arguments, **options)
 
     # -- adapters to train, which are PEFT's own -----------------------------------------------------------------------
 
@@ -188,8 +253,10 @@ class AdapterMethods(CogVideoXModel):
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """The adapters' configurations by name; there is none where there are no adapters."""
-        configs = self.__dict__.get("_trained_configs") or getattr(self._modules.get("adapters"), "configs", None)
+        """The adapters' configurations by name; there is none where there are no adapters. PEFT adds to it."""
+        if self._is_trained:
+            return self._trained_configs or {}
+        configs = getattr(self._modules.get("adapters"), "configs", None)
         if not configs:
             raise AttributeError("peft_config")
         return dict(configs)
@@ -202,6 +269,11 @@ class AdapterMethods(CogVideoXModel):
             take_off_adapters(self)
             raise AttachedError(ADAPTERS)
         self._trained_configs = configs
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        """Forget them: diffusers deletes it with the last adapter."""
+        self._trained_configs = {}
 
 
 def _check_targets(model: nn.Module, config: Any) -> None:

@@ -177,7 +177,8 @@ def deltas_of(
         LoraError: something in it finds no place, or cannot be merged.
     """
     pairs, is_sat = _pairs(tensors, linears, origin)
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    bad = [name for name, tensor in floats.items() if not tensor.float().isfinite().all()]  # fp8 has no isfinite
     if bad:
         raise LoraError(f"{origin}: infinite or NaN values in {some(bad)}: download it again")
     found: dict[str, Delta] = {}

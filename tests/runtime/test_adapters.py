@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cogx_fast
@@ -226,6 +226,60 @@ def test_an_adapter_trains_as_on_diffusers_model_and_diffusers_loads_what_is_sav
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_diffusers_methods_work_on_adapters_to_train_as_on_its_own_model(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+    both = Both(tmp_path)
+    plain = both.check()
+
+    def add(pipe: Any, name: str, rank: int) -> None:
+        model = pipe.transformer
+        targets = ["to_q", "to_v", "to_out.0"]
+        model.add_adapter(LoraConfig(r=rank, target_modules=targets, init_lora_weights="gaussian"), name)
+        held = get_peft_model_state_dict(model, adapter_name=name)
+        drawn = torch.Generator().manual_seed(rank)
+        with torch.no_grad():
+            values = {key: torch.randn(held[key].shape, generator=drawn) * 0.3 for key in sorted(held)}
+        set_peft_model_state_dict(model, values, adapter_name=name)
+
+    steps: list[Callable[[Any], Any]] = [
+        lambda pipe: add(pipe, "a", 2),
+        lambda pipe: add(pipe, "b", 3),
+        lambda pipe: pipe.set_adapters(["a", "b"], [0.7, -0.4]),
+        lambda pipe: (pipe.get_list_adapters(), pipe.get_active_adapters()),
+        lambda pipe: pipe.disable_lora(),
+        lambda pipe: pipe.enable_lora(),
+        lambda pipe: pipe.fuse_lora(components=["transformer"], lora_scale=0.5),
+        lambda pipe: pipe.unfuse_lora(components=["transformer"]),
+        lambda pipe: pipe.load_lora_weights(both.files["one"], adapter_name="one"),
+        lambda pipe: pipe.set_adapters(["a", "one"]),
+        lambda pipe: pipe.delete_adapters("a"),
+    ]
+    for step in steps:
+        both.do(step)
+        both.check(attention_kwargs={"scale": 0.3})
+        both.check()
+    with pytest.raises(ValueError, match="wrong"):
+        both.ours.set_adapters("wrong")
+    with pytest.raises(ValueError, match=r"call unload_lora\(\) first"):
+        both.ours.transformer.set_loras([both.files["two"]])
+    both.do(lambda pipe: pipe.set_adapters("b"))
+    for pipe, folder in ((both.theirs, "theirs"), (both.ours, "ours")):
+        pipe.transformer.save_lora_adapter(tmp_path / folder, adapter_name="b")
+    saved = [load_file(tmp_path / folder / "pytorch_lora_weights.safetensors") for folder in ("theirs", "ours")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    expected = both.check()
+    both.do(lambda pipe: pipe.delete_adapters(["b", "one"]))
+    assert relative_error(both.check(), plain) < 1e-5
+    assert not both.ours.transformer.transformer_blocks[0].attn1.is_split
+    both.ours.transformer.load_lora_adapter(tmp_path / "theirs", prefix=None, adapter_name="b")  # merged now
+    assert relative_error(both.predictions()[1], expected) < 2e-5
+    with pytest.raises(ValueError, match="their files are there already"):
+        both.ours.transformer.save_lora_adapter(tmp_path / "again")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_trained_is_refused_and_the_model_is_as_before(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -251,9 +305,6 @@ def test_what_cannot_be_trained_is_refused_and_the_model_is_as_before(tmp_path: 
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     model.unload_lora()
     assert torch.equal(cogx_fast.load(model)(**arguments).sample, plain)  # nothing of either is left on it
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match=r"call unload_lora\(\) before others are used"):
-        model.load_lora_adapter({})
     quantized = cogx_fast.load(make_pipe(KIND, PRESET).transformer, quant="int8-weight-only")
     with pytest.raises(ValueError, match="is quantized: load it without quant"):
         quantized.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))

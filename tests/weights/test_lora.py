@@ -147,6 +147,23 @@ def test_an_alpha_of_the_callers_own_comes_first(tmp_path: Path) -> None:
     assert relative_error(run(model), run(merged(upstream(CONFIG), 0.5 * 2.0 / RANK, halves()))) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_a_files_own_dtype_is_brought_to_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
+    stored = {name: tensor.to(dtype) for name, tensor in as_kohya(alpha=False).items()}
+    save_file(stored, tmp_path / "lora.safetensors")
+    rounded = {name: tuple(half.to(dtype).float() for half in pair) for name, pair in halves(EVERYWHERE).items()}
+    model = cogx_fast.load(upstream(CONFIG))
+    for loras in ([tmp_path / "lora.safetensors"], [], [tmp_path / "lora.safetensors"]):
+        model.set_loras(loras)
+        scale = float(len(loras))
+        assert relative_error(run(model), run(merged(upstream(CONFIG), scale, rounded))) <= 1e-5
+    if dtype.itemsize == 1:
+        next(iter(stored.values())).view(torch.uint8)[0, 0] = 0x7F
+        save_file(stored, tmp_path / "lora.safetensors")
+        with pytest.raises(LoraError, match="infinite or NaN"):
+            model.set_loras([tmp_path / "lora.safetensors"])
+
+
 def test_several_are_summed_and_a_live_source_keeps_its_own_weights(tmp_path: Path) -> None:
     for seed in (0, 1):
         pairs = halves(seed=seed)
