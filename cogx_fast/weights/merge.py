@@ -28,6 +28,10 @@ _COMPARED = ("patch_embed.text_proj.bias", "proj_out.bias", "norm_out.linear.bia
 """No LoRA changes them and nothing quantizes them: by them it is seen whether files are those a model was made of."""
 
 
+_ROWS_AT_ONCE = 256
+"""Of a weight on a CPU, in fp32: some 3 MB of 5b's, which stay in its cache."""
+
+
 class Merge:
     """Merges LoRAs as weights come (``assemble.Transform``).
 
@@ -134,12 +138,13 @@ class Merged:
         quantized = [name for name in changed if is_quantized(parameters[name])]
         requantize = _requantizer(model) if quantized else None
         for name, group in changed.items():
-            parameter = parameters[name]
-            whole = merge(self._base(name, group, parameter), group, wanted)
+            parameter, base = parameters[name], self._base(name, group, parameters[name])
             with torch.no_grad():
                 if requantize is None or name not in quantized:
-                    parameter.copy_(whole)
+                    parameter.copy_(base)
+                    _add(parameter, group, wanted)
                     continue
+                whole = merge(base, group, wanted)
                 for old, new in zip(inner_tensors(parameter), inner_tensors(requantize(name, whole)), strict=True):
                     old.copy_(new)
         self.deltas = wanted
@@ -177,20 +182,32 @@ class Merged:
         return self._files.read({name: group}, {name: parameter.dtype}, parameter.device, stay=True)[name][0]
 
 
-@torch.no_grad()
 def merge(base: Tensor, group: list[Slot], deltas: Deltas) -> Tensor:
     """A copy of one of our weights with what LoRAs add to it: summed in fp32 and rounded once."""
     whole = base.detach().clone()
+    _add(whole, group, deltas)
+    return whole
+
+
+@torch.no_grad()
+def _add(whole: Tensor, group: list[Slot], deltas: Deltas) -> None:
+    """Add what LoRAs add to one of our weights, in place."""
     for slot in group:
         if slot.name not in deltas:
             continue
         rows = slot.view(whole)
-        total = rows.float().flatten(1)
-        for delta in deltas[slot.name]:
-            up, down = (half.to(total.device, torch.float32) for half in (delta.up, delta.down))
-            total += delta.scale * (up @ down)
-        rows.copy_(total.view(rows.shape))
-    return whole
+        loras = [(each.scale, _fp32(each.up, whole), _fp32(each.down, whole)) for each in deltas[slot.name]]
+        at_once = _ROWS_AT_ONCE if whole.device.type == "cpu" else len(rows)
+        for first in range(0, len(rows), at_once):
+            some_rows = rows[first : first + at_once]
+            total = some_rows.float().flatten(1)
+            for scale, up, down in loras:
+                total.addmm_(up[first : first + at_once], down, alpha=scale)
+            some_rows.copy_(total.view(some_rows.shape))
+
+
+def _fp32(half: Tensor, beside: Tensor) -> Tensor:
+    return half.to(beside.device, torch.float32)
 
 
 def _same(before: Sequence[Delta], after: Sequence[Delta]) -> bool:
