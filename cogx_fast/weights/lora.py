@@ -192,7 +192,8 @@ def deltas_of(
         if alpha is None:
             assumed.add(rank)
             alpha = float(rank)
-        found[name] = Delta(down, up, lora.weight * alpha / rank)
+        # Copied: they are mapped from a file, which a later training run may write over.
+        found[name] = Delta(down.clone(), up.clone(), lora.weight * alpha / rank)
     if assumed:
         ranks = ", ".join(map(str, sorted(assumed)))
         warnings.warn(

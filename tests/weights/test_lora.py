@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +164,25 @@ def test_a_files_own_dtype_is_brought_to_fp32(dtype: torch.dtype, tmp_path: Path
         save_file(stored, tmp_path / "lora.safetensors")
         with pytest.raises(LoraError, match="infinite or NaN"):
             model.set_loras([tmp_path / "lora.safetensors"])
+
+
+def test_a_file_may_be_written_over_after_it_was_read(tmp_path: Path) -> None:
+    """What is mapped from a file that became shorter would end the process (SIGBUS)."""
+    script = (
+        "import sys, pathlib, cogx_fast\n"
+        "from safetensors.torch import save_file\n"
+        "from tests.support import upstream\n"
+        "from tests.weights.test_lora import CONFIG, TARGETS, as_kohya\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "for name in ('a', 'b'):\n"
+        "    save_file(as_kohya(targets=TARGETS), folder / name)\n"
+        "model = cogx_fast.load(upstream(CONFIG), loras=[folder / 'a'])\n"
+        "(folder / 'a').write_bytes(b'')\n"
+        "model.set_loras([folder / 'b'])\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_several_are_summed_and_a_live_source_keeps_its_own_weights(tmp_path: Path) -> None:
