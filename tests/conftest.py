@@ -16,6 +16,8 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each, in their children too; read when torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Else each process with a new cache builds eleven libraries, in 8 s, to see which of the processor's vectors g++ knows.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 def flags() -> dict[str, Any]:
