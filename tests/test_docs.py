@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from tests.pipes import FRAMES, HEIGHT, WIDTH, make_pipe
 
 ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[..., str]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -69,12 +71,19 @@ def test_the_picture_of_the_house_is_true() -> None:
 # -- examples ----------------------------------------------------------------------------------------------------------
 
 
-def run(script: str, *arguments: object, where: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", ROOT / "examples" / script, *map(str, arguments)]
-    ran = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """An example as ``python examples/it.py`` runs it, but for what this process has imported already."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script: str, *arguments: object) -> str:
+        path = ROOT / "examples" / script
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 def test_every_example_is_run() -> None:
@@ -85,43 +94,43 @@ def test_every_example_is_run() -> None:
     assert '"examples" / "serve_ray.py"' in here
 
 
-def test_text_to_video(tmp_path: Path) -> None:
-    assert "17 frames" in run("text_to_video.py", "--steps", 2, where=tmp_path)
+def test_text_to_video(run: Run, tmp_path: Path) -> None:
+    assert "17 frames" in run("text_to_video.py", "--steps", 2)
     assert (tmp_path / "video.mp4").stat().st_size > 1000
 
 
-def test_image_to_video(tmp_path: Path) -> None:
+def test_image_to_video(run: Run, tmp_path: Path) -> None:
     make_pipe("CogVideoXImageToVideoPipeline", "1.5-5b-i2v").save_pretrained(tmp_path / "pipe")
     Image.new("RGB", (WIDTH, HEIGHT), "orange").save(tmp_path / "image.png")
     size = ("--frames", FRAMES, "--size", HEIGHT, WIDTH)
     given = ("--model", tmp_path / "pipe", "--image", "image.png", "--prompt", "it waves", "--steps", 2)
-    assert f"{FRAMES} frames" in run("image_to_video.py", *given, *size, where=tmp_path)
+    assert f"{FRAMES} frames" in run("image_to_video.py", *given, *size)
 
 
-def test_quantize_and_compare(tmp_path: Path) -> None:
-    said = run("quantize_and_compare.py", "--steps", 2, where=tmp_path)
+def test_quantize_and_compare(run: Run, tmp_path: Path) -> None:
+    said = run("quantize_and_compare.py", "--steps", 2)
     found = re.search(r"int8-weight-only: ([\d.]+) dB", said)
     assert found is not None
     assert 20 < float(found[1]) < 80
     assert (tmp_path / "quantized" / "config.json").is_file()
 
 
-def test_warm_start(tmp_path: Path) -> None:
-    assert run("warm_start.py", where=tmp_path).startswith("cold start")
-    assert run("warm_start.py", where=tmp_path).startswith("warm start")
+def test_warm_start(run: Run) -> None:
+    assert run("warm_start.py").startswith("cold start")
+    assert run("warm_start.py").startswith("warm start")
 
 
-def test_train_lora(tmp_path: Path) -> None:
-    said = run("train_lora.py", "--steps", 2, where=tmp_path)
+def test_train_lora(run: Run, tmp_path: Path) -> None:
+    said = run("train_lora.py", "--steps", 2)
     assert re.search(r"loss [\d.]+, after 2 steps [\d.]+; saved in lora, and loaded again", said) is not None
     with safe_open(tmp_path / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight" in file.keys()  # noqa: SIM118
 
 
-def test_finetune_step(tmp_path: Path) -> None:
+def test_finetune_step(run: Run, tmp_path: Path) -> None:
     from diffusers import CogVideoXTransformer3DModel
 
-    said = run("finetune_step.py", where=tmp_path)
+    said = run("finetune_step.py")
     found = re.search(r"loss ([\d.]+), after one step ([\d.]+)", said)
     assert found is not None
     assert float(found[2]) < float(found[1])

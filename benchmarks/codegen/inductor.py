@@ -6,10 +6,13 @@ Only for a process that does nothing else (``worker.py``): the patches are globa
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import logging
+import shutil
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -127,6 +130,9 @@ def _set_triton_driver(device: Device) -> None:
             return GPUTarget("cuda", device.arch, 32)
 
     triton.runtime.driver.set_active(Driver())
+    # Inductor's is a new one for each graph, as caches are off; so a kernel that two cases share is built once
+    triton.knobs.cache.dir = tempfile.mkdtemp(prefix="cogx-fast-triton-")
+    atexit.register(shutil.rmtree, triton.knobs.cache.dir, ignore_errors=True)
 
 
 def _no_launch(*args: Any, **kwargs: Any) -> None:

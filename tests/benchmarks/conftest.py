@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.codegen import CASES, Case, Report, unavailable
 from benchmarks.codegen.cases import RECIPES
-from benchmarks.codegen.run import ask, reports
+from benchmarks.codegen.run import ask
 
 
 def _planted(name: str, build: str = "", sdpa: Any = "cudnn", **arguments: Any) -> Case:
@@ -40,23 +40,36 @@ def compiler() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
-def planted(compiler: None) -> dict[str, Report | str]:
-    """Reports of small modules on a described H100, or the words with which they were refused."""
-    return {case.name: answer for case, answer in zip(PLANTED, ask(PLANTED), strict=True)}
+FULL_SIZE = ("5b/ours/cudnn", "5b/diffusers/cudnn")
+QUANTIZED = {recipe: f"5b/ours/cudnn/{recipe}" for recipe in RECIPES}
+"""The other models' are slow tests."""
 
 
 @pytest.fixture(scope="session")
-def full_size(compiler: None) -> dict[str, Report]:
-    """Reports of 5b's block at full size on a described H100: ours, and diffusers'."""
-    cases = [CASES["5b/ours/cudnn"], CASES["5b/diffusers/cudnn"]]
-    answers = {case.name: answer for case, answer in zip(cases, ask(cases), strict=True)}
-    assert not any(isinstance(answer, str) for answer in answers.values()), answers
-    return {name: answer for name, answer in answers.items() if isinstance(answer, Report)}
+def generated(compiler: None) -> dict[str, Report | str]:
+    """What one process generated for a described H100, by case, or the words with which it refused."""
+    cases = [*PLANTED, *(CASES[name] for name in (*FULL_SIZE, *QUANTIZED.values()))]
+    return {case.name: answer for case, answer in zip(cases, ask(cases), strict=True)}
+
+
+def _report(answer: Report | str) -> Report:
+    assert isinstance(answer, Report), answer
+    return answer
 
 
 @pytest.fixture(scope="session")
-def quantized(compiler: None) -> dict[str, Report]:
-    """Reports of 5b's block at full size on a described H100 by recipe; the other models' are slow tests."""
-    cases = [CASES[f"5b/ours/cudnn/{recipe}"] for recipe in RECIPES]
-    return dict(zip(RECIPES, reports(cases), strict=True))
+def planted(generated: dict[str, Report | str]) -> dict[str, Report | str]:
+    """Of small modules; some are refused."""
+    return {case.name: generated[case.name] for case in PLANTED}
+
+
+@pytest.fixture(scope="session")
+def full_size(generated: dict[str, Report | str]) -> dict[str, Report]:
+    """Of 5b's block at full size: ours, and diffusers'."""
+    return {name: _report(generated[name]) for name in FULL_SIZE}
+
+
+@pytest.fixture(scope="session")
+def quantized(generated: dict[str, Report | str]) -> dict[str, Report]:
+    """Of 5b's block at full size, by recipe."""
+    return {recipe: _report(generated[name]) for recipe, name in QUANTIZED.items()}

@@ -340,8 +340,9 @@ def test_it_goes_on_where_it_stopped(ran: Ran) -> None:
 
 
 def test_one_command_is_red_where_the_table_says_better(
-    ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(ran.out / "cache"))
     case = Case(model="tiny", part="attention", recipe="sdpa")
     row = gate.read(ran.out / "baselines" / "cpu.csv")[str(case), "launches"]
     fewer = dataclasses.replace(row, value=str(int(row.value) - 1))
@@ -352,7 +353,10 @@ def test_one_command_is_red_where_the_table_says_better(
     assert f"REGRESSION: {case} launches: {fewer.value} -> {row.value}" in capsys.readouterr().out
 
 
-def test_without_time_it_names_what_it_did_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_time_it_names_what_it_did_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # else the command sets it for good
     assert runner.main(["--device=cpu", "--quick", f"--out={tmp_path}", ONLY, "--budget=1"]) == 0
     names = "tiny/attention/sdpa, tiny/attention/sdpa-cudnn, tiny/attention/flex-default"
     assert f"NO TIME LEFT for 3: {names}" in capsys.readouterr().out

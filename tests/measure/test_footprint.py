@@ -25,6 +25,7 @@ def _tried(index: sympy.Expr, sizes: dict[sympy.Symbol, int]) -> set[int]:
 
 
 def _listed(runs: footprint.Runs) -> set[int]:
+    runs = runs.written_out()
     return {i for start, end in zip(runs.starts.tolist(), runs.ends.tolist(), strict=True) for i in range(start, end)}
 
 
@@ -56,11 +57,23 @@ def test_offsets_are_those_of_trying_every_point(index: sympy.Expr, sizes: dict[
 def test_a_union_counts_what_is_common_once() -> None:
     both = union([offsets(12 * a + b, {a: 5, b: 4}), offsets(12 * a + b + 2, {a: 5, b: 4})])
     assert len(both) == 5 * 6
-    assert len(both.starts) == 5
+    assert len(both.written_out().starts) == 5
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 4, 7, 10, 29, 100])
+def test_a_union_is_that_of_its_elements(moved: int) -> None:
+    """Also where one lies in the other's gaps, reaches into its repetitions or is repeated otherwise."""
+    sizes = {a: 3, b: 4, c: 2}
+    for one, other in itertools.product((30 * a + 5 * b + c, 30 * a + 2 * b, 7 * b + 3 * c, 9 * a + 7 * b), repeat=2):
+        both = union([offsets(one, sizes), offsets(other + moved, sizes)])
+        expected = _tried(one, sizes) | _tried(other + moved, sizes)
+        assert _listed(both) == expected
+        assert len(both) == len(expected)
 
 
 def test_large_regular_sets_cost_little() -> None:
     assert len(offsets(9216 * a + b + 3072, {a: 35552, b: 3072})) == 35552 * 3072
+    assert len(offsets(9216 * a + b + 3072, {a: 35552, b: 3072}).starts) == 1
     assert len(offsets(3072 * a + 64 * b + c, {a: 35552, b: 48, c: 64}).starts) == 1
 
 
@@ -72,4 +85,4 @@ def test_what_depends_on_data_or_is_too_large_is_refused(monkeypatch: pytest.Mon
         offsets(FloorDiv(a, 2), {a: 11})
     monkeypatch.setattr(footprint, "MOST_RUNS", 10)
     with pytest.raises(TooManyOffsets):
-        offsets(3 * a, {a: 11})
+        offsets(3 * a + 10 * b, {a: 11, b: 2})

@@ -58,13 +58,17 @@ def pairs() -> Iterator[ParallelConfig]:
 
 
 def meshes(rank: int, backend: str) -> dict[str, float]:
-    """The error of every mesh, eager and compiled, for several sizes beside one process."""
+    """The error of every mesh, eager and compiled, for several sizes beside one process.
+
+    In a job of four only the mesh that shares both is compiled in eager code: others are in jobs of two and three.
+    """
     errors: dict[str, float] = {}
     alone = make()
     for parallel in pairs():
         videos = max(2, parallel.guidance)
         expected = [generate(alone, batch=videos, **size) for size in SIZES]
-        for compiled in (False, True):
+        is_new = backend == "inductor" or dist.get_world_size() < 4 or 1 not in (parallel.guidance, parallel.sequence)
+        for compiled in (False, True) if is_new else (False,):
             model = copy.deepcopy(alone)
             model.set_parallel(parallel)
             if compiled:

@@ -1,4 +1,4 @@
-"""Peak resident memory of a load, in a process of its own."""
+"""Peak resident memory of a load, in a process of its own for each, forked after all imports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.weights.support import save_upstream
 
 SHARD = 60_000_000
 SCRIPT = """
-import json, re, sys
+import json, os, re, sys
 import torch
 import cogx_fast
 
@@ -25,21 +25,28 @@ def memory(field):
     return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
 cogx_fast.runtime.upstream.model_class()  # imports diffusers
-if sys.argv[3]:
+for number in range(1, len(sys.argv), 3):
+    directory, dtype, quantized = sys.argv[number : number + 3]
+    if os.fork() == 0:
+        break
+    assert os.wait()[1] == 0
+else:
+    sys.exit()
+if quantized:
     import torchao.prototype.safetensors.safetensors_support, quant.apply
 
     torchao.quantization.quantize_(torch.nn.Linear(8, 8), torchao.quantization.Int8WeightOnlyConfig())
 before = memory("VmRSS")
-model = cogx_fast.load(sys.argv[1], dtype=sys.argv[2] or None)
+model = cogx_fast.load(directory, dtype=dtype or None)
 tensors = list(model.state_dict().values())
-if sys.argv[3]:
+if quantized:
     from cogx_fast.weights.quantized import inner_tensors, is_quantized
 
     tensors = [part for t in tensors for part in (inner_tensors(t) if is_quantized(t) else [t])]
 for tensor in tensors:
     tensor.view(-1).view(torch.uint8).max()
 size = sum(tensor.nbytes for tensor in tensors)
-print(json.dumps({"size": size, "peak": memory("VmHWM") - before}))
+print(json.dumps({"size": size, "peak": memory("VmHWM") - before}), flush=True)
 """
 
 
@@ -63,31 +70,33 @@ def quantized(checkpoint, tmp_path_factory):
     return directory
 
 
-def measured(directory: Path, dtype: str, quantized: str) -> dict[str, int]:
-    """Peak of resident memory over what it was, and size of the weights, of one load in a process of its own."""
+@pytest.fixture(scope="module")
+def measured(checkpoint, quantized):
+    """Peak of resident memory over what it was, and size of the weights, of a load as stored, in bf16 and of int8."""
+    loads = {"": (checkpoint, "", ""), "bf16": (checkpoint, "bf16", ""), "int8": (quantized, "", "int8")}
     root = str(Path(cogx_fast.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, directory, dtype, quantized],
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, *(argument for load in loads.values() for argument in load)],
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
         check=True, capture_output=True, text=True,
     )  # fmt: skip
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(f"peak {found['peak'] / 1e6:.0f} MB, weights {found['size'] / 1e6:.0f} MB ({quantized or dtype or 'stored'})")
+    found = dict(zip(loads, map(json.loads, done.stdout.splitlines()), strict=True))
+    print({name: {key: round(value / 1e6) for key, value in each.items()} for name, each in found.items()})
     return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("dtype", ["", "bf16"])
-def test_peak_is_the_weights_and_little_more(dtype, checkpoint):
-    found = measured(checkpoint, dtype, "")
+def test_peak_is_the_weights_and_little_more(dtype, measured):
+    found = measured[dtype]
     assert found["size"] > (3e8 if not dtype else 1.5e8)
     assert found["peak"] <= 1.1 * found["size"] + SHARD
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
-def test_peak_of_quantized_weights_is_theirs_and_little_more(quantized):
+def test_peak_of_quantized_weights_is_theirs_and_little_more(measured):
     """Never the weights that they were made of, which are twice as large."""
-    found = measured(quantized, "", "int8")
+    found = measured["int8"]
     assert 1e8 < found["size"] < 1.25e8
     assert found["peak"] <= 1.1 * found["size"] + 15e6
 

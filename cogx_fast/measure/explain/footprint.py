@@ -1,11 +1,12 @@
 """Which elements of a buffer an access touches, exactly: sets of offsets, from an index expression and its ranges.
 
-A set is kept as sorted, disjoint runs, so that the rows of a view of a large buffer cost one run each and contiguous
-ones a single run in all.
+A set is kept as sorted, disjoint runs, and how often and how far apart all of them are repeated: so the rows of a view
+of a large buffer cost one run, as contiguous ones do.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,13 +25,15 @@ class TooManyOffsets(ValueError):
 
 @dataclass(frozen=True)
 class Runs:
-    """A set of offsets: those from ``starts[i]`` up to ``ends[i]``."""
+    """A set of offsets: those from ``starts[i]`` up to ``ends[i]``, and all of them again at each repetition."""
 
     starts: np.ndarray[Any, Any]
     ends: np.ndarray[Any, Any]
+    repetitions: tuple[tuple[int, int], ...] = ()
+    """(stride, times), the inner ones first, that do not reach into each other."""
 
     def __len__(self) -> int:
-        return int((self.ends - self.starts).sum())
+        return int((self.ends - self.starts).sum()) * math.prod(times for _, times in self.repetitions)
 
     @classmethod
     def of(cls, starts: Any, ends: Any) -> Runs:
@@ -43,8 +46,23 @@ class Runs:
 
     def repeated(self, stride: int, times: int) -> Runs:
         """The union of this set moved by 0, stride, 2·stride and so on."""
-        if len(self.starts) == 1 and stride <= self.ends[0] - self.starts[0]:
+        if stride == 0 or times == 1:
+            return self
+        if not self.repetitions and len(self.starts) == 1 and stride <= self.ends[0] - self.starts[0]:
             return Runs(self.starts, self.ends + stride * (times - 1))
+        reach = self.ends[-1] - self.starts[0] + sum(step * (count - 1) for step, count in self.repetitions)
+        if stride >= reach:
+            return dataclasses.replace(self, repetitions=(*self.repetitions, (stride, times)))
+        return self.written_out()._moved(stride, times)
+
+    def written_out(self) -> Runs:
+        """The same set without repetitions."""
+        runs = Runs(self.starts, self.ends)
+        for stride, times in self.repetitions:
+            runs = runs._moved(stride, times)
+        return runs
+
+    def _moved(self, stride: int, times: int) -> Runs:
         if len(self.starts) * times > MOST_RUNS:
             raise TooManyOffsets(f"{len(self.starts) * times} runs")
         moves = stride * np.arange(times, dtype=np.int64)[:, None]
@@ -52,9 +70,25 @@ class Runs:
 
 
 def union(sets: Iterable[Runs]) -> Runs:
-    """The elements of any of the sets."""
+    """The elements of any of the sets.
+
+    Raises:
+        TooManyOffsets: too many runs to hold.
+    """
     held = list(sets)
-    return Runs.of(np.concatenate([item.starts for item in held]), np.concatenate([item.ends for item in held]))
+    common: list[tuple[int, int]] = []  # the outer repetitions, which are those of the union, too
+    for same, *others in zip(*(reversed(item.repetitions) for item in held), strict=False):
+        if any(other != same for other in others):
+            break
+        common.insert(0, same)
+    inner = [
+        dataclasses.replace(item, repetitions=item.repetitions[: len(item.repetitions) - len(common)]).written_out()
+        for item in held
+    ]
+    whole = Runs.of(np.concatenate([item.starts for item in inner]), np.concatenate([item.ends for item in inner]))
+    for stride, times in common:
+        whole = whole.repeated(stride, times)
+    return whole
 
 
 def offsets(index: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> Runs:
@@ -84,7 +118,7 @@ def offsets(index: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> Runs:
     for symbol, stride in sorted(strides.items(), key=lambda item: abs(item[1])):
         constant += min(0, stride * (sizes[symbol] - 1))
         found = found.repeated(abs(stride), sizes[symbol])
-    return Runs(found.starts + constant, found.ends + constant)
+    return dataclasses.replace(found, starts=found.starts + constant, ends=found.ends + constant)
 
 
 def _enumerate(index: sympy.Expr, sizes: Mapping[sympy.Symbol, int]) -> Runs:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cogx_fast.measure.explain.footprint import Runs, TooManyOffsets, offsets, union
+from cogx_fast.measure.explain.footprint import TooManyOffsets, offsets, union
 
 aten = torch.ops.aten
 
@@ -171,14 +171,15 @@ def _accessed(graph: Any, accesses: Iterable[Any], without: set[str]) -> int:
 
 
 def _elements(accesses: list[Any], whole: int) -> int:
-    sets: list[Runs] = []
-    for access in accesses:
-        sizes = {symbol: _int(size) for symbol, size in access.ranges.items()}
-        try:
-            sets.append(offsets(_with_hints(access.index), sizes))
-        except TooManyOffsets:
-            return min(whole, sum(_int(item.get_numel()) for item in accesses))
-    return len(union(sets))
+    try:
+        return len(
+            union(
+                offsets(_with_hints(access.index), {symbol: _int(size) for symbol, size in access.ranges.items()})
+                for access in accesses
+            )
+        )
+    except TooManyOffsets:
+        return min(whole, sum(_int(item.get_numel()) for item in accesses))
 
 
 def _never_stored(node: Any) -> set[str]:
