@@ -24,9 +24,10 @@ setup: $(STAMP) ## Set up .venv with the tested versions (constraints.txt)
 demo: $(STAMP) ## Make a video with the tiny pipeline, beside diffusers
 	@$(BIN)/cogx-fast demo $(ARGS)
 
-# Two processes, which share the tests out by file. What -m chooses is timed or needs the whole GPU: one after another.
+# Three processes, which share the tests out by file: two cores do not idle while one of them sleeps or waits for a
+# child. What -m chooses is timed or needs the whole GPU: one after another.
 test: $(STAMP) ## Run the tests (those marked gpu or slow: ARGS="-m gpu", ARGS="-m slow")
-	@$(BIN)/python -m pytest $(if $(filter -m,$(ARGS)),,-n 2 --dist loadfile --no-loadscope-reorder) $(ARGS)
+	@$(BIN)/python -m pytest $(if $(filter -m,$(ARGS)),,-n 3 --dist loadfile --no-loadscope-reorder) $(ARGS)
 
 # The CUDA build of torch (about 4 GB) from the package index, whatever pip is configured to prefer on this machine.
 # Another torch: TORCH=2.11.0. An environment that is there already: STANDIN_VENV=/path.

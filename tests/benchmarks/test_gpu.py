@@ -395,7 +395,7 @@ def test_what_the_end_of_the_time_cut_short_is_begun_again(tmp_path: Path) -> No
     file, ledger = tmp_path / "test_planted.py", tmp_path / "ledger.jsonl"
     file.write_text("import time\ndef test_one(): pass\ndef test_long(): time.sleep(600)\ndef test_last(): pass\n")
     words = [str(file), f"--confcutdir={tmp_path}", "--first", f"{file.name}::test_last"]
-    budget.run(words, seconds=20, ledger=ledger, least=1, limit=100)
+    budget.run(words, seconds=12, ledger=ledger, least=1, limit=100)
     order = [line["begun"].rpartition("_")[2] for line in budget.read(ledger) if "begun" in line]
     assert order == ["last", "one", "long"]
     (cut,) = budget.not_run(ledger)
