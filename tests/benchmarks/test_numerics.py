@@ -96,11 +96,10 @@ def test_every_configuration_is_recorded_for_tiny_cases() -> None:
 
 
 def test_the_gate_sees_the_same_code(short: list[Result]) -> None:
-    names = ["5b/block/bf16", "5b/fp8-dynamic/bf16"]
-    found = ask([CASES[name].codegen_case(H100) for name in names])
-    for name, answer in zip(names, found, strict=True):
-        assert isinstance(answer, Report), answer
-        assert [answer.source] == [result.source for result in short if result.case == name]
+    name = "5b/fp8-dynamic/bf16"  # with more kernels of its own than any other
+    (answer,) = ask([CASES[name].codegen_case(H100)])
+    assert isinstance(answer, Report), answer
+    assert [answer.source] == [result.source for result in short if result.case == name]
 
 
 @pytest.mark.slow

@@ -81,8 +81,10 @@ def test_hooks_run_wherever_they_are_put(scope: str, called: bool, way: str, pla
         assert relative_error(run(model), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("scope", ["block", "model"])
-@pytest.mark.parametrize("kind", [Block, FeedForward, nn.LayerNorm])
+@pytest.mark.parametrize(
+    ("kind", "scope"),
+    [(Block, "block"), (Block, "model"), (FeedForward, "block"), (nn.LayerNorm, "block"), (nn.LayerNorm, "model")],
+)
 def test_a_forward_given_to_a_class_runs_until_it_is_taken_away(
     kind: type[Any], scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
