@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.tiny.loop import Run, hold_then_linear, rank, share, train, world
+from benchmarks.tiny.loop import Run, arithmetic, hold_then_linear, rank, share, train, world
 from benchmarks.tiny.vae import encode
 from cogx_fast.assets import digits
 from cogx_fast.assets.recipe import SCHEDULER_CONFIG, SEED
@@ -128,7 +128,7 @@ class Task:
         noise = torch.randn(clean.shape, generator=generator).to(model.device)
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
         wanted = self.scheduler.get_velocity(clean, noise, timesteps)
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with arithmetic(model.device):
             predicted = model(noisy, text, timesteps, return_dict=False)[0]
         return (predicted.float() - wanted).square().mean()
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.tiny.loop import Run, cosine, device_of, share, train
+from benchmarks.tiny.loop import Run, arithmetic, cosine, device_of, share, train
 from cogx_fast.assets import digits
 from cogx_fast.assets.recipe import SEED, VAE_CONFIG
 
@@ -84,7 +84,7 @@ def as_input(video_BFHW: Tensor) -> Tensor:
 
 def vae_loss(vae: Any, video: Tensor, generator: torch.Generator) -> Tensor:
     video = video.to(device_of(vae))
-    with torch.autocast(video.device.type, torch.bfloat16):
+    with arithmetic(video.device):
         posterior = vae.encode(video).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -99,11 +99,11 @@ def vae_loss(vae: Any, video: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: Any, clips: digits.Clips, pictures: Tensor, *, batch: int = 16) -> Tensor:
-    """Latents ``(B, F, C, H, W)`` of clips, on the CPU, in bf16 arithmetic, as the transformer takes them."""
+    """Latents ``(B, F, C, H, W)`` of clips, on the CPU, as the transformer takes them."""
     device, parts = device_of(vae), []
     for start in range(0, len(clips), batch):
         video = digits.render(clips.part(slice(start, start + batch)), pictures).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with arithmetic(device):
             parts.append(vae.encode(as_input(video)).latent_dist.mean.float().transpose(1, 2).cpu())
     return torch.cat(parts)
 

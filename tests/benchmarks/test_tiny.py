@@ -71,7 +71,7 @@ def test_the_number_of_steps_may_change_until_the_rate_falls(task: stage.Task, t
 
 
 def test_the_loss_falls(task: stage.Task, tmp_path: Path) -> None:
-    plan = stage.TransformerPlan(steps=40, batch=8, warmup=2, compile=False)
+    plan = stage.TransformerPlan(steps=24, batch=4, warmup=2, compile=False)
     one = stage.Task(task.latents[:1], task.prompts[:1], task.text, plan)
     model, generator = stage.make_transformer(), torch.Generator().manual_seed(0)
     before = one.loss(model, generator).item()

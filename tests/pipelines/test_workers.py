@@ -41,7 +41,8 @@ def test_the_command_line_shares_a_video(tmp_path: Path) -> None:
         facts = report(run_cli("generate", *options, "--out", out, "--json"))
         assert facts["processes"] == processes
         videos.append(imageio.imread(out).astype(float))
-    assert np.abs(videos[0] - videos[1]).mean() < 0.1
+    assert np.abs(videos[0] - videos[1]).mean() < 0.25  # of 255, by the codec, where latents differ by rounding
+    assert np.abs(videos[0] - videos[0][::-1]).mean() > 1  # as a wrong frame or half would
 
 
 def test_what_cannot_be_shared_is_refused_before_anything_is_started(tmp_path: Path) -> None:
