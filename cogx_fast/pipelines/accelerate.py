@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cogx_fast.config import UPSTREAM_CLASS
-from cogx_fast.loading import load
+from cogx_fast.loading import load, read_dtype
 from cogx_fast.pipelines.memory import BudgetError, fit, read_memory, refuse_impossible
 from cogx_fast.pipelines.placement import Placement
 from cogx_fast.runtime.step_cache import StepCache
@@ -65,7 +65,12 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
         placement.refuse_layers(f"offload={options['offload']!r} streams the blocks itself")
     if memory is not None:
         placement.refuse_layers("memory=... lays it out itself")
-        refuse_impossible(pipe, memory, quantized=options.get("quant") is not None)
+        refuse_impossible(
+            pipe, memory,
+            dtype=None if options.get("dtype") is None else read_dtype(options["dtype"]),
+            quantized=options.get("quant") is not None,
+            streams=getattr(options.get("compile"), "scope", "block") == "block",
+        )  # fmt: skip
     options.setdefault("keep_source", is_shared or placement.has_hooks)
     with placement.lifted():
         model = load(transformer, **options)

@@ -257,13 +257,17 @@ def fit(pipe: Any, memory: int | str, device: torch.device) -> str:
     return f"memory={memory}: {_WORDS[chosen.kind]}{tiled}{note}; predicted peaks at {size}: {words}"
 
 
-def refuse_impossible(pipe: Any, memory: int | str, *, quantized: bool) -> None:
+def refuse_impossible(
+    pipe: Any, memory: int | str, *, dtype: torch.dtype | None = None, quantized: bool = False, streams: bool = True
+) -> None:
     """See, before anything of a pipeline is changed, that its parts can keep to a budget with our transformer.
 
     Args:
         pipe: with its own transformer, or ours.
         memory: as for ``fit``.
-        quantized: whether the transformer is going to be; then its blocks are taken to have four bits a weight.
+        dtype: that the transformer is going to have; None: its own.
+        quantized: whether it is going to be; then its blocks are taken to have four bits a weight.
+        streams: whether its blocks can be streamed.
 
     Raises:
         BudgetError: (a ValueError) they cannot; the message says what would do.
@@ -273,19 +277,20 @@ def refuse_impossible(pipe: Any, memory: int | str, *, quantized: bool) -> None:
     given = pipe.transformer
     config = TransformerConfig(**{name: given.config[name] for name in TransformerConfig.__dataclass_fields__})
     with torch.device("meta"):
-        model = torch.nn.Module.to(CogVideoXModel(config), given.dtype)
+        model = torch.nn.Module.to(CogVideoXModel(config), dtype or given.dtype)
     parts = {**pipe.components, "transformer": model}
     size = default_video(config)
     needs = estimate(SimpleNamespace(components=parts, **parts), count_tokens(config, size), size)
     if quantized:
-        blocks, kept = sum(map(_bytes, model.transformer_blocks)), 0.5 / given.dtype.itemsize
-        streamed = _streamed_bytes(model)
-        assert streamed is not None
+        saved = int(sum(map(_bytes, model.transformer_blocks)) * (1 - 0.5 / model.dtype.itemsize))
+        assert needs.streamed is not None
         needs = replace(
             needs,
-            weights={**needs.weights, "transformer": needs.weights["transformer"] - int((1 - kept) * blocks)},
-            streamed=streamed - int((1 - kept) * SLOTS * blocks / config.num_layers),
+            weights={**needs.weights, "transformer": needs.weights["transformer"] - saved},
+            streamed=needs.streamed - saved * SLOTS // config.num_layers,
         )
+    if not streams:
+        needs = replace(needs, streamed=None)
     _choose_or_refuse(pipe, needs, memory, size)
 
 

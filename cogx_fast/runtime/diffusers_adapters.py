@@ -27,7 +27,7 @@ class AdapterMethods(CogVideoXModel):
     """The methods of a model that takes adapters."""
 
     _trained_configs: dict[str, Any] | None = None
-
+    """PEFT's configurations by adapter; None: it has put none on the model."""
     _trained_scale = 1.0
     """What trained adapters are multiplied by at present, as the last call asked for."""
 
@@ -49,7 +49,7 @@ class AdapterMethods(CogVideoXModel):
 
     @property
     def _is_trained(self) -> bool:
-        return "_trained_configs" in self.__dict__
+        return self._trained_configs is not None
 
     def _theirs(self, name: str, *arguments: Any, **options: Any) -> Any:
         """What diffusers' method of that name does, with the trained adapters as strong as they are without a call."""
@@ -254,8 +254,8 @@ class AdapterMethods(CogVideoXModel):
     @property
     def peft_config(self) -> dict[str, Any]:
         """The adapters' configurations by name; there is none where there are no adapters. PEFT adds to it."""
-        if self._is_trained:
-            return self._trained_configs or {}
+        if self._trained_configs is not None:
+            return self._trained_configs
         configs = getattr(self._modules.get("adapters"), "configs", None)
         if not configs:
             raise AttributeError("peft_config")

@@ -431,6 +431,9 @@ def test_a_figure_is_predicted_until_it_is_measured(clock: Clock, tmp_path: Path
     (row,) = (line for line in text.splitlines() if "| measured" in line)
     assert row.startswith("| 5b | `fp8-dynamic` | 0.5 | 0.5 |")
     assert f"torch {torch.__version__.partition('+')[0]}, diffusers" in text
+    assert table.render_measured({"a card": counted}) == ""
+    shown = table.render_measured({"a card": gate.read(tmp_path / "cpu.csv")})
+    assert "| a card | `5b/step/fp8-dynamic` | 500.00 | 1000.00 | 0.5 |" in shown
 
 
 # --------------------------------------------------------------------------------------------------------------- wheels

@@ -96,7 +96,7 @@ def test_every_configuration_is_recorded_for_tiny_cases() -> None:
 
 
 def test_the_gate_sees_the_same_code(short: list[Result]) -> None:
-    name = "5b/fp8-dynamic/bf16"  # with more kernels of its own than any other
+    name = "5b/fp8-dynamic/bf16"
     (answer,) = ask([CASES[name].codegen_case(H100)])
     assert isinstance(answer, Report), answer
     assert [answer.source] == [result.source for result in short if result.case == name]

@@ -15,7 +15,7 @@ import torch
 import cogx_fast
 from cogx_fast.config import PRESETS
 from cogx_fast.measure.costs import memory
-from cogx_fast.pipelines.memory import BudgetError, Needs, choose, phases, read_memory
+from cogx_fast.pipelines.memory import BudgetError, Needs, choose, phases, read_memory, refuse_impossible, released
 from cogx_fast.pipelines.peaks import decode_peak, step_peak
 from cogx_fast.sizes import count_tokens, default_video
 from tests.conftest import report, run_cli
@@ -141,6 +141,17 @@ def test_an_impossible_budget_leaves_the_pipeline_as_it_was(quant: str | None, m
     with pytest.raises(BudgetError, match=r"too little for this pipeline at .*: it takes 1\.\d GiB or more"):
         cogx_fast.accelerate(pipe, memory=GIB + 1, quant=quant)
     assert parts() == before
+
+
+def test_a_budget_is_refused_for_what_the_transformer_is_going_to_be() -> None:
+    """5b in fp32 on 16 GB: in bf16 it fits, also where its blocks cannot be streamed."""
+    pipe = released(PRESETS["5b"])
+    torch.nn.Module.to(pipe.transformer, torch.float32)
+    refuse_impossible(pipe, "16GB")
+    refuse_impossible(pipe, "16GB", dtype=torch.bfloat16, streams=False)
+    refuse_impossible(pipe, "16GB", quantized=True, streams=False)
+    with pytest.raises(BudgetError, match="too little"):
+        refuse_impossible(pipe, "16GB", streams=False)
 
 
 @pytest.mark.parametrize("preset", ["2b", "5b"])

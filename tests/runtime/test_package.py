@@ -243,28 +243,43 @@ def test_a_package_with_flex_attention(tmp_path: Path) -> None:
 def test_int8_products_are_compiled_as_without_a_package(
     device: str, recipe: str | None, given: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """And one at a time, whatever the process: torch's cache has the objects of all."""
     import torch._inductor
-    from filelock import FileLock, Timeout
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     from cogx_fast.runtime.compile import INT8_OPTIONS
 
     found: dict[str, Any] = {}
-
-    def compile_and_package(*_: Any, inductor_configs: dict[str, Any], **__: Any) -> None:
-        found.update(inductor_configs)
-        with pytest.raises(Timeout):
-            FileLock(Path(cache_dir(), "cogx_fast-package.lock"), timeout=0).acquire()
-
     monkeypatch.setattr(export, "export_block", lambda *_: None)
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_package)
+    monkeypatch.setattr(
+        torch._inductor, "aoti_compile_and_package", lambda *_, inductor_configs, **__: found.update(inductor_configs)
+    )
     monkeypatch.setattr(CogVideoXModel, "device", torch.device(device))
     model = CogVideoXModel(small("5b", num_layers=1)) if recipe is None else quantized(upstream(small("5b")), recipe)
     export._compile_block(model, model.transformer_blocks[0], SizeRange(tokens=(2, 9)), tmp_path / "0")
     assert found["aot_inductor.embed_kernel_binary"]
     assert (found.items() >= INT8_OPTIONS.items()) == given
     assert bool(found.get("max_autotune")) == (device == "cuda")
+
+
+def test_one_package_is_compiled_at_a_time_whatever_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch's cache has objects that packages share, and writes them in place."""
+    import torch._inductor
+    from filelock import FileLock, Timeout
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    refused = []
+
+    def compile_and_package(*_: Any, **__: Any) -> None:
+        with pytest.raises(Timeout):
+            FileLock(Path(cache_dir(), "cogx_fast-package.lock"), timeout=0).acquire()
+        refused.append(True)
+
+    monkeypatch.setattr(export, "export_block", lambda *_: None)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_package)
+    model = CogVideoXModel(small("5b", num_layers=1))
+    export._compile_block(model, model.transformer_blocks[0], SizeRange(tokens=(2, 9)), tmp_path / "0")
+    assert refused
 
 
 @pytest.mark.gpu
