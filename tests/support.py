@@ -11,6 +11,8 @@ from torch import Tensor
 from cogx_fast.config import PRESETS, TransformerConfig
 
 RELEASED = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
+AROUND = 2
+"""Graphs of a model whose blocks are compiled besides the blocks' own: begin's and head's, without gradients."""
 
 
 def small(name: str, **changes: Any) -> TransformerConfig:

@@ -55,7 +55,7 @@ class Calls:
     @contextmanager
     def during(self, call: Call) -> Iterator[None]:
         """What holds during a call, and only then: torch's flags, the progress line, the cache directory."""
-        self._running.call = call
+        self._running.call, self._running.is_told = call, False
         is_new = call not in self._earlier
         if is_new:
             self._check_dtype(call)
@@ -63,6 +63,7 @@ class Calls:
             stack.enter_context(self.directory.used())
             stack.enter_context(_flags().held())
             stack.enter_context(show_progress(self.what))
+            stack.callback(setattr, self._running, "is_told", False)
             yield
         if is_new:
             self._earlier.append(call)
@@ -84,13 +85,16 @@ class Calls:
         return explain_recompile(call, self._earlier, guards, what=self.what, dynamic=self._dynamic)
 
     def tell(self, message: str) -> None:
-        """Warn of a recompile.
+        """Warn of a recompile, once in a call: what makes one part compile again can make the others, too.
 
         Raises:
             RecompileError: it is forbidden (``CompileConfig(strict=True)``).
         """
         if self._strict:
             raise RecompileError(f"{message}. This is an error because of CompileConfig(strict=True)")
+        if getattr(self._running, "is_told", False):
+            return
+        self._running.is_told = True
         warnings.warn(message, RecompileWarning, stacklevel=2)
 
 

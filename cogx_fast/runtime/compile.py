@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from cogx_fast.runtime.attached import Watch
 from cogx_fast.runtime.calls import Calls
 from cogx_fast.runtime.compiled import CompiledRunner, WholeRunner, refuse_untraceable
 from cogx_fast.runtime.recompiles import CompilationStats, RecompileError, RecompileWarning, watch_compilation
-from cogx_fast.runtime.runner import Runner, call_eagerly
+from cogx_fast.runtime.runner import Runner
 from cogx_fast.runtime.symbols import Symbols, quantizes_activations
 from cogx_fast.runtime.torch_cache import CacheDirectory
 from cogx_fast.runtime.warm_start import Recorder
@@ -34,9 +34,9 @@ class CompileConfig:
     """
 
     scope: Literal["block", "model"] = "block"
-    """``block``: the block is compiled once and used for every layer; embedding and head run as they are. ``model``:
-    the whole forward is one graph, in which the block is a region that is compiled once (quantized blocks, which
-    torch's regions do not take: once for each layer)."""
+    """``block``: the block is compiled once and used for every layer; what stands before and after the blocks is two
+    graphs more (with gradients it runs as it is). ``model``: the whole forward is one graph, in which the block is a
+    region that is compiled once (quantized blocks, which torch's regions do not take: once for each layer)."""
     mode: str | None = None
     """One of torch.compile's modes; None is ``max-autotune-no-cudagraphs`` on CUDA and ``default`` elsewhere.
     ``reduce-overhead`` and ``max-autotune`` record CUDA graphs, for which the scope must be ``model``."""
@@ -112,7 +112,7 @@ def compile_model(
             backend=recorder or config.backend,
         )
         whole = config.scope == "model"
-        slots = replace(model.runner.slots, call_block=call_eagerly)
+        slots = model.runner.slots.eagerly()
         if whole:
             refuse_untraceable(slots)
         runner: type[CompiledRunner] = WholeRunner if whole else CompiledRunner
@@ -144,7 +144,7 @@ def uncompile_model(model: CogVideoXModel) -> None:
         ValueError: it runs a package.
     """
     model.runner.refuse_packaged("the model cannot run eagerly")
-    model.runner = Runner(replace(model.runner.slots, call_block=call_eagerly))
+    model.runner = Runner(model.runner.slots.eagerly())
 
 
 INT8_OPTIONS: Mapping[str, Any] = {"epilogue_fusion_first": True}

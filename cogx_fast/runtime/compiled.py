@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -14,16 +12,14 @@ from torch import Tensor, nn
 
 from cogx_fast.attention.exchange import Exchange
 from cogx_fast.attention.masks import SparseBlocks
-from cogx_fast.model.transformer import Block, CogVideoXTransformer
-from cogx_fast.runtime.attached import Attached, AttachedError, name_of, named, on_modules, patched_forward, refuse
+from cogx_fast.model.transformer import Block, CogVideoXTransformer, Conditioning
+from cogx_fast.runtime.attached import Attached, name_of, named, on_modules, patched_forward, refuse
 from cogx_fast.runtime.calls import Calls, describe_call
 from cogx_fast.runtime.kinds import kind_of, own
+from cogx_fast.runtime.piece import Compile, Piece
 from cogx_fast.runtime.runner import CallWith, ComputeBlocks, Inputs, Runner, Slots, call_eagerly, compute_all, run
 from cogx_fast.runtime.step_cache import Pattern, StepCache
 from cogx_fast.runtime.symbols import Symbols
-
-Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""``torch.compile`` with everything but the function."""
 
 _INSTEAD = (
     "use compile=False, pipe.enable_model_cpu_offload(), or enable_group_offload(offload_type='block_level', "
@@ -32,88 +28,14 @@ _INSTEAD = (
 )
 MOST_GRAPHS = 4
 """Of the whole step, for a step cache."""
-_compiling = threading.RLock()
-"""Held by the one thread of the process that compiles; calls of what is compiled do not take it."""
-
-
-class Piece:
-    """A compiled function. Its arguments' sizes are marked as symbols where it compiles, and only then.
-
-    Args:
-        function: what is compiled.
-        compile: compiles it.
-        mark: marks the sizes of its arguments.
-        calls: of the model.
-        inside: what is attached inside the modules that it runs.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        compile: Compile,
-        mark: Callable[..., None],
-        calls: Calls,
-        inside: list[Attached],
-    ) -> None:
-        from torch._dynamo.exc import RecompileError as TorchRecompileError
-
-        self._function, self._mark, self._calls, self._inside = function, mark, calls, inside
-        self._compiled = compile(own(function, calls.what.removeprefix("the ")))
-        self._is_warm = False
-        self._refused = TorchRecompileError
-
-    def __call__(self, *arguments: Any) -> Any:
-        """The function, compiled; under a caller's own ``torch.compile`` a part of that graph."""
-        if torch.compiler.is_compiling():
-            return self._function(*arguments)
-        if not self._is_warm:
-            return self._first(*arguments)
-        with contextlib.suppress(self._refused):
-            return self._compiled(*arguments)
-        return self._again(*arguments)
-
-    def _first(self, *arguments: Any) -> Any:
-        with _compiling:  # of two first calls at once, one compiles
-            if self._is_warm:
-                return self(*arguments)
-            with _may_recompile():  # a part of it may, where graph breaks are allowed (``explain``)
-                result = self._compile(*arguments)
-            self._is_warm = True
-            return result
-
-    def _again(self, *arguments: Any) -> Any:
-        with _compiling:
-            try:
-                return self._compile(*arguments)  # what this needs may have been compiled by another thread meanwhile
-            except self._refused as error:
-                self._calls.tell(self._calls.explain(str(error)))
-            with _may_recompile():
-                return self._compile(*arguments)
-
-    def _compile(self, *arguments: Any) -> Any:
-        from torch._dynamo.exc import Unsupported
-
-        self._mark(*arguments)
-        try:
-            return self._calls.directory.retried(self._compiled, *arguments)
-        except Unsupported as error:
-            if not self._inside:
-                raise
-            raise AttachedError(
-                f"{self._calls.what} cannot be compiled as one graph with what is attached inside it: "
-                f"{named(self._inside)}. What to do: use compile=False; or write it so that torch can trace it. "
-                f"torch's reason: {error}"
-            ) from error
-
-
-def _may_recompile() -> contextlib.AbstractContextManager[Any]:
-    import torch._dynamo.config as dynamo
-
-    return cast(contextlib.AbstractContextManager[Any], dynamo.patch(error_on_recompile=False))
+_BUILT_OF = ("cogx_fast.model.", "torch.nn.")
+"""Where the classes of what stands around the blocks are written, where nobody has put others in their place."""
 
 
 class CompiledRunner(Runner):
-    """Runs a model with its blocks compiled, one graph for each kind; what is before and after them runs as it is.
+    """Runs a model with its parts compiled: one graph for each kind of block, and those of begin and of head.
+
+    The latter two run as they are with gradients, and while something is attached to their modules.
 
     Args:
         slots: how each part of a step is done otherwise.
@@ -131,6 +53,8 @@ class CompiledRunner(Runner):
         self.compilation = compilation
         self._compile, self._symbols, self._calls = compile, symbols, calls
         self._pieces: dict[Any, tuple[Any, Any]] = {}
+        self._begin = self._around(CogVideoXTransformer.begin, "begin", _own_begin, symbols.mark_begin)
+        self._head = self._around(CogVideoXTransformer.head, "head", _own_head, symbols.mark_head)
         self._inside: list[Attached] | None = None
         self.follow_attached(model)
 
@@ -165,6 +89,7 @@ class CompiledRunner(Runner):
         refuse(
             placing, f"{self._calls.what} cannot be compiled as one graph with what moves or casts weights inside it"
         )
+        self._follow_around(model)
         if inside == self._inside:
             return
         if self._inside is not None and self._calls:
@@ -180,18 +105,49 @@ class CompiledRunner(Runner):
         """Hooks on a block run around its compiled code; those on what is in it are compiled with it."""
         return [each for name, block in _blocks(model) for each in on_modules(block, name, itself=False)]
 
+    def _follow_around(self, model: CogVideoXTransformer) -> None:
+        """Compile what stands around the blocks while it is as it was built: what was attached runs as it is."""
+        parts = [part for name, part in model.named_children() if name != "transformer_blocks"]
+        kinds = {type(module).__module__ for part in parts for module in part.modules()}
+        if all(kind.startswith(_BUILT_OF) for kind in kinds) and not any(map(on_modules, parts)):
+            self.slots = replace(self.slots, begin=self._begin, head=self._head)
+        else:
+            self.slots = replace(self.slots.eagerly(), call_block=self.slots.call_block)
+
+    def _around(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        own_arguments: Callable[..., tuple[Any, ...]],
+        mark: Callable[..., None],
+    ) -> Callable[..., Any]:
+        pieces: dict[tuple[bool, ...], Piece] = {}
+
+        def call(model: CogVideoXTransformer, *arguments: Any) -> Any:
+            """By one graph for all sizes; with a schedule, or an order of the tokens, by another."""
+            if torch.compiler.is_compiling() or torch.is_grad_enabled():
+                return function(model, *arguments)
+            given = tuple(argument is not None for argument in arguments)
+            if given not in pieces:
+                pieces.setdefault(given, Piece(function, name, self._compile, mark, self._calls, []))
+            return pieces[given](model, *own_arguments(*arguments))
+
+        return call
+
     def _prepare(self, model: CogVideoXTransformer) -> None:
         def compiled(block: nn.Module, inside: list[Attached]) -> Callable[..., Tensor]:
             pieces: dict[Any, Piece] = {}
 
-            def compute(*arguments: Any) -> Tensor:
+            def compute(block: Block, x_BSD: Tensor, mod_B12D: Tensor, *rest: Any) -> Tensor:
                 """By the one graph for all sizes; with tokens on several ranks there are up to four."""
-                x_BSD, mask = arguments[1], arguments[-1]
+                mask = rest[-1]
                 key = mask.graph(x_BSD) if isinstance(mask, Exchange) else None
                 if key not in pieces:
-                    piece = Piece(Block.compute, self._compile, self._symbols.mark_block, self._calls, inside)
+                    piece = Piece(Block.compute, "block", self._compile, self._symbols.mark_block, self._calls, inside)
                     pieces.setdefault(key, piece)
-                result: Tensor = pieces[key](*arguments)
+                if not mod_B12D.requires_grad:
+                    mod_B12D = mod_B12D.detach()  # as ``_own``: no view of all the blocks' modulation
+                result: Tensor = pieces[key](block, x_BSD, mod_B12D, *rest)
                 return result
 
             return compute
@@ -228,6 +184,9 @@ class WholeRunner(CompiledRunner):
         super().use(slots)
         self._with_plan = replace(self.slots, call_block=call_eagerly)
 
+    def _follow_around(self, model: CogVideoXTransformer) -> None:
+        """It is in the one graph."""
+
     def _attached_inside(self, model: CogVideoXTransformer) -> list[Attached]:
         parts = [*model.named_children(), *_blocks(model)]
         return [each for name, part in parts if name != "transformer_blocks" for each in on_modules(part, name)]
@@ -243,7 +202,7 @@ class WholeRunner(CompiledRunner):
         if pattern not in self._by_pattern:
             assert self._inside is not None
             function, mark = (run, self._mark) if pattern is None else (_run_pattern, self._mark_pattern)
-            self._by_pattern[pattern] = Piece(function, self._compile, mark, self._calls, self._inside)
+            self._by_pattern[pattern] = Piece(function, "model", self._compile, mark, self._calls, self._inside)
         return self._by_pattern[pattern]
 
     def _mark(self, model: CogVideoXTransformer, slots: Slots, inputs: Inputs) -> None:
@@ -344,6 +303,32 @@ def refuse_untraceable(slots: Slots) -> None:
         slots.reuse.check_patterns(MOST_GRAPHS)
 
 
+def _own_begin(
+    patches_BVP: Tensor,
+    text_BTE: Tensor,
+    timestep_B: Tensor,
+    ofs_B: Tensor | None,
+    position_1SD: Tensor | None,
+    order_V: Tensor | None,
+    conditioning: Conditioning | None,
+) -> tuple[Any, ...]:
+    """What begin is given in objects of our own to mark; positions and order are."""
+    ofs_B = None if ofs_B is None else _per_video(ofs_B)
+    return (
+        _own(patches_BVP),
+        _own(text_BTE.contiguous()),
+        _per_video(timestep_B),
+        ofs_B,
+        position_1SD,
+        order_V,
+        conditioning,
+    )
+
+
+def _own_head(x_BVD: Tensor, out_B2D: Tensor) -> tuple[Any, ...]:
+    return _own(x_BVD), out_B2D
+
+
 def _own(tensor: Tensor) -> Tensor:
     """The same memory in another object. No view, where that can be: of a view torch compares the sizes of what it is
     of, too, which are not marked."""
@@ -355,4 +340,4 @@ def _per_video(tensor_B: Tensor) -> Tensor:
     return tensor_B.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-__all__ = ["CompiledRunner", "Piece", "WholeRunner", "own_tensors", "refuse_untraceable"]
+__all__ = ["CompiledRunner", "WholeRunner", "own_tensors", "refuse_untraceable"]

@@ -3,6 +3,7 @@
 | slot | what it decides | its values |
 |---|---|---|
 | call_block | how a block is computed | eager (here); compiled (``compiled``); packaged (``package``) |
+| begin, head | the same of what is before and after them | eager (``model.transformer``); compiled (``compiled``) |
 | residency | where a block's weights are when it is called | on the device (here); streamed to it (``streaming``) |
 | reuse | which blocks a step computes | all of them (here); as a schedule says (``step_cache``) |
 | split | which part of a step this process computes | all of it (here); of the batch, of the stream (``parallel``) |
@@ -157,6 +158,10 @@ class Slots:
     reuse: Reuse = compute_all
     split: Whole = Whole()  # noqa: RUF009  # it holds nothing
 
+    def eagerly(self) -> Slots:
+        """The same, with every part computed as it stands."""
+        return replace(self, begin=CogVideoXTransformer.begin, call_block=call_eagerly, head=CogVideoXTransformer.head)
+
     def untraceable(self) -> list[str]:
         """The slots whose values a graph of the whole step cannot hold."""
         values = ((each.name, getattr(self, each.name)) for each in fields(self))
@@ -244,7 +249,7 @@ class Runner:
 
     def for_copy(self) -> Runner:
         """What a copied or pickled model has in its place: compiled code stays with its model, a copy compiles anew."""
-        copied = Runner(replace(self.slots, call_block=call_eagerly))
+        copied = Runner(self.slots.eagerly())
         copied.compilation = self.compilation
         return copied
 

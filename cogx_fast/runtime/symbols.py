@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cogx_fast.attention.attend import Mask, Rotary
 from cogx_fast.attention.exchange import Exchange
 from cogx_fast.attention.masks import LayerBlocks, SparseBlocks
-from cogx_fast.model.transformer import CogVideoXTransformer
+from cogx_fast.model.transformer import CogVideoXTransformer, Conditioning
 from cogx_fast.runtime.runner import Inputs
 
 _BATCH_HINT = 2
@@ -48,6 +48,27 @@ class Symbols:
     def mark_streams(self, model: nn.Module, streams: Sequence[Tensor | None], *, half: bool) -> None:
         """What a step cache gives to a graph of the whole step: (B, S, D), or with ``half`` of half the batch."""
         self._mark(streams, 1, batch_of=model, shape="half" if half else "batch")
+
+    def mark_begin(
+        self,
+        model: CogVideoXTransformer,
+        patches_BVP: Tensor,
+        text_BTE: Tensor,
+        timestep_B: Tensor,
+        ofs_B: Tensor | None,
+        position_1SD: Tensor | None,
+        order_V: Tensor | None,
+        conditioning: Conditioning | None,
+    ) -> None:
+        """For a graph of what stands before the blocks; the arguments are ``CogVideoXTransformer.begin``'s."""
+        self._mark((patches_BVP, text_BTE, timestep_B, ofs_B, *(conditioning or ())), batch_of=model)
+        self._mark((patches_BVP, text_BTE, position_1SD), 1)
+        self._mark((order_V,), 0)
+
+    def mark_head(self, model: CogVideoXTransformer, x_BVD: Tensor, out_B2D: Tensor) -> None:
+        """For a graph of what stands after them; the arguments are ``CogVideoXTransformer.head``'s."""
+        self._mark((x_BVD, out_B2D), batch_of=model)
+        self._mark((x_BVD,), 1)
 
     def mark_block(
         self,

@@ -20,7 +20,7 @@ from cogx_fast.runtime.compile import CompileConfig, compile_model, uncompile_mo
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.sizes import count_tokens, default_video
 from tests.model.pairs import copy_of, lively_upstream
-from tests.support import RELEASED, inputs, pipeline_rotary, relative_error, small
+from tests.support import AROUND, RELEASED, inputs, pipeline_rotary, relative_error, small
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -106,7 +106,7 @@ def test_one_graph_from_dense_to_sparse_over_layers_and_heads() -> None:
     compile_model(planned, CompileConfig())
     with watch_compilation() as stats:
         outputs = [call(planned, arguments) for arguments in calls]
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
     for output, right in zip(outputs, expected, strict=True):
         assert relative_error(output, right) <= 1e-5
 
@@ -314,7 +314,7 @@ def test_a_compiled_plan_on_a_gpu_is_the_mask_written_out(name: str) -> None:
     with watch_compilation() as stats:
         call(planned, half | {"timestep": torch.tensor([999], device="cuda")})
         output = call(planned, half)
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
     assert relative_error(output.cpu(), exact) <= 0.03
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -21,7 +21,7 @@ from cogx_fast.runtime.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.recompiles import watch_compilation
 from tests.cuda_standin.device import IS_ONE_APART, attention_kernels, call, checkpoint, full_width, model
-from tests.support import inputs
+from tests.support import AROUND, inputs
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ def test_int8_products_scale_their_sums_where_triton_can(timed: list[tuple[str, 
         for batch in (2, 1, 4):
             found = call(compiled, batch=batch)
     graphs = 2 if IS_ONE_APART else 1
-    assert stats.graphs == graphs
+    assert stats.graphs == graphs * (1 + AROUND)
     products = [(library, bool(generated)) for name, library, generated in timed if name == "int_mm"]
     is_triton = torch.cuda.get_device_capability()[0] >= 8
     assert products == [(0, True) if is_triton else (1, False)] * 4 * graphs
@@ -211,7 +211,7 @@ def test_fp8_products_are_timed_with_few_candidates_and_once(timed: list[tuple[s
         for batch in (2, 1):
             call(whole, batch=batch, **sizes)
     graphs = 2 if IS_ONE_APART else 1
-    assert stats.graphs == graphs
+    assert stats.graphs == graphs * (1 + AROUND)
     products = [(library, generated) for name, library, generated in timed if name == "scaled_mm"]
     assert len(products) == 4 * graphs
     assert all(library == 1 and 8 <= generated <= 32 for library, generated in products), products

@@ -11,7 +11,7 @@ from benchmarks.standin import journal
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.recompiles import watch_compilation
 from tests.cuda_standin.device import FAST, FEW_CANDIDATES, IS_ONE_APART, attention_kernels, call, model
-from tests.support import inputs
+from tests.support import AROUND, inputs
 
 LAYERS = 2
 
@@ -27,7 +27,7 @@ def test_a_mode_without_cuda_graphs(scope, mode):
     compiled = model("5b", compile=timed(scope, mode))
     with watch_compilation() as stats:
         done = [call(compiled, batch=batch) for batch in (2, 2, 1, 4)]
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND * (scope == "block"), 0, 0)
     assert not any(each.replays or each.recordings for each in done)
     assert sum(attention_kernels(done[1]).values()) == LAYERS
     assert set(done[1].triton) == set(done[2].triton) == set(done[3].triton)
@@ -74,14 +74,14 @@ def test_twenty_four_sizes_share_a_graph(scope):
     compiled = model("5b", compile=CompileConfig(scope=scope, mode="default"))
     sizes = [(frames, height, width) for frames in (1, 2, 4, 7) for height in (8, 12, 20) for width in (10, 16)]
     assert len(sizes) == 24
-    graphs = 1 if scope == "block" else 2  # of the whole model a single latent frame is one apart
+    graphs = 1 + AROUND if scope == "block" else 2  # of the whole model a single latent frame is one apart
     with watch_compilation() as stats:
         for index, (frames, height, width) in enumerate(sizes):
             done = call(
                 compiled, batch=(2, 1, 4)[index % 3], frames=frames, height=height, width=width, text_len=5 + index % 4
             )
             assert sum(attention_kernels(done).values()) == LAYERS
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (graphs, 0, graphs - 1)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (graphs, 0, scope == "model")
 
 
 @pytest.mark.cards("h100")
@@ -135,5 +135,5 @@ def test_the_second_device_and_two_models_side_by_side():
         for _ in range(2):
             assert call(first).devices == {0}
             assert call(second).devices == {1}
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (2, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (2 * (1 + AROUND), 0, 0)
     assert torch.cuda.current_device() == 0

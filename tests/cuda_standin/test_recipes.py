@@ -11,6 +11,7 @@ from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.recompiles import watch_compilation
 from quant import QuantError
 from tests.cuda_standin.device import BLOCK_PRODUCTS, FAST, IS_ONE_APART, attention_kernels, call, model
+from tests.support import AROUND
 
 LAYERS = 2
 SIZES = {"num_attention_heads": 3}
@@ -47,8 +48,8 @@ def test_a_recipe_runs_compiled(recipe):
     quantized = model("5b", sizes=SIZES, quant=recipe, compile=FAST)
     with watch_compilation() as stats:
         done = [call(quantized, batch=batch) for batch in (2, 4, 1)]
-    graphs = 2 if IS_ONE_APART and "weight-only" not in recipe else 1
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (graphs, 0, graphs - 1)
+    recompiles = 1 + AROUND if IS_ONE_APART and "weight-only" not in recipe else 0
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND + recompiles, 0, recompiles)
     assert all(sum(attention_kernels(each).values()) == LAYERS for each in done)
     if recipe in FP8_DYNAMIC:
         assert fp8_products(done[1]) >= LAYERS * BLOCK_PRODUCTS

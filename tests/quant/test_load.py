@@ -14,7 +14,7 @@ import quant
 from cogx_fast.runtime.compile import watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.pipes import make_pipe
-from tests.support import inputs, relative_error, small, upstream
+from tests.support import AROUND, inputs, relative_error, small, upstream
 
 COMPILED = ["int8-weight-only", "int8-dynamic", "fp8-weight-only", "fp8-dynamic-emulated"]
 
@@ -66,7 +66,7 @@ def test_compiled_it_is_one_graph_and_says_what_eager_says(name, checkpoint):
         compiled_error = relative_error(run(model, arguments), exact)
         run(model, arguments | {"timestep": torch.tensor([3, 700])})
         run(model.to("cpu").to(torch.bfloat16), arguments)  # as pipelines do
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
     assert compiled_error <= 1.05 * eager_error
     assert 0.001 < eager_error < 0.1
 

@@ -21,7 +21,7 @@ from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.parallel import ParallelConfig
 from cogx_fast.runtime.step_schedule import StepSchedule
 from cogx_fast.sizes import Tokens
-from tests.support import inputs, relative_error, small
+from tests.support import AROUND, inputs, relative_error, small
 
 HEADS = 12
 SIZES: tuple[dict[str, Any], ...] = ({}, {"frames": 5, "height": 8, "text_len": 7}, {"frames": 3, "text_len": 6})
@@ -78,7 +78,8 @@ def meshes(rank: int, backend: str) -> dict[str, float]:
             name = f"{parallel.guidance} × {parallel.sequence}, {'compiled' if compiled else 'eager'}"
             for size, one, other in zip(SIZES, found, expected, strict=True):
                 errors[f"{name}, {size}"] = relative_error(one, other)
-            graphs = compiled * (1 if parallel.sequence == 1 else 2)  # of tokens that divide, and that do not
+            blocks = 1 if parallel.sequence == 1 else 2  # of tokens that divide, and that do not
+            graphs = compiled * (blocks + AROUND)
             if (made.graphs, made.breaks, made.recompiles) != (graphs, 0, 0):
                 errors[f"{name}: {made}"] = 1.0
     return errors

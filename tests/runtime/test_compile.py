@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from cogx_fast.runtime.compile import (
     watch_compilation,
 )
 from cogx_fast.runtime.module import CogVideoXModel
-from tests.support import inputs, relative_error, small
+from tests.support import AROUND, inputs, relative_error, small
 
 
 def make(config: TransformerConfig) -> CogVideoXModel:
@@ -41,7 +42,7 @@ def test_given_tables_reuse_the_graph_of_those_built_here() -> None:
     with watch_compilation() as stats:
         assert relative_error(call(model, arguments), expected) <= 1e-5
         assert relative_error(call(model, arguments | {"image_rotary_emb": rotary}), expected) <= 1e-5
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
     assert stats.seconds > 0
 
 
@@ -57,7 +58,7 @@ def test_both_scopes_equal_eager_in_bf16_within_rounding(scope: Any) -> None:
     compile_model(model, CompileConfig(scope=scope))
     with watch_compilation() as stats:
         compiled_error = relative_error(call(model, half), exact)
-    assert (stats.graphs, stats.breaks) == (1, 0)
+    assert (stats.graphs, stats.breaks) == (1 + AROUND * (scope == "block"), 0)
     assert compiled_error <= 1.05 * eager_error
 
 
@@ -81,7 +82,46 @@ def test_each_model_has_a_cache_of_its_own() -> None:
         compile_model(model, CompileConfig(backend="eager"))
         with watch_compilation() as stats:
             call(model, inputs(model.config, batch=1))
-        assert (stats.graphs, stats.recompiles) == (1, 0)
+        assert (stats.graphs, stats.recompiles) == (1 + AROUND, 0)
+
+
+class Twice(torch.nn.Linear):
+    """A module of a caller's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_what_stands_around_the_blocks_is_compiled_while_it_is_as_it_was_built() -> None:
+    """With gradients, a hook or a caller's module in it, it runs as it is; the block's graph stays."""
+    model, eager = (make(small("1.5-5b-i2v")).requires_grad_(False) for _ in range(2))
+    compile_model(model, CompileConfig(backend="eager", strict=True))
+    arguments = inputs(model.config)
+    plain = call(eager, arguments)
+
+    def graphs(call: Callable[..., torch.Tensor] = call) -> int:
+        with watch_compilation() as stats:
+            assert relative_error(call(model, arguments), call(eager, arguments)) <= 1e-5
+        assert (stats.breaks, stats.recompiles) == (0, 0)
+        return stats.graphs
+
+    assert graphs() == 1 + AROUND
+    handles = [each.proj_out.register_forward_hook(lambda _, __, output: output / 2) for each in (model, eager)]
+    assert graphs() == 0
+    assert relative_error(call(model, arguments), plain) > 0.4
+    for handle in handles:
+        handle.remove()
+    assert graphs() == 0
+    for each in (model, eager):
+        own = Twice(each.proj_out.in_features, each.proj_out.out_features).requires_grad_(False)
+        own.load_state_dict(each.proj_out.state_dict())
+        each.proj_out = own
+    assert graphs() == 0
+    assert relative_error(call(model, arguments), plain) > 0.4
+
+    uncompile_model(model)
+    compile_model(model, CompileConfig(backend="eager", strict=True))
+    assert graphs(lambda model, arguments: model(**arguments).sample) == 1  # with gradients
 
 
 def test_uncompile_runs_eagerly_again() -> None:
@@ -111,8 +151,8 @@ def test_watch_sees_a_recompile_for_another_size() -> None:
         call(model, inputs(model.config))
         with pytest.warns(RecompileWarning):
             call(model, inputs(model.config, height=8))
-    assert stats.recompiles == 1
-    assert stats.graphs == 2
+    parts = 1 + AROUND
+    assert (stats.graphs, stats.recompiles) == (2 * parts, parts)
 
 
 def test_a_graph_break_is_an_error_not_a_slow_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from cogx_fast.model.transformer import Block
 from cogx_fast.runtime.attached import AttachedError
 from cogx_fast.runtime.compile import RecompileError, RecompileWarning, watch_compilation
 from tests.runtime.attached import CONFIG, SCOPES, build, run
-from tests.support import relative_error, upstream
+from tests.support import AROUND, relative_error, upstream
 
 CPU = torch.device("cpu")
 
@@ -263,7 +263,7 @@ def test_blocks_that_had_a_hook_are_compiled() -> None:
     compile_model(model, SCOPES["block"])
     with watch_compilation() as stats:
         run(model)
-    assert stats.graphs == 1
+    assert stats.graphs == 1 + AROUND
 
 
 def test_layerwise_casting_leaves_the_modulation_as_diffusers_leaves_its_norms() -> None:

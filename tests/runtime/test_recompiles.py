@@ -19,7 +19,7 @@ from cogx_fast.runtime.compile import (
     watch_compilation,
 )
 from cogx_fast.runtime.module import CogVideoXModel
-from tests.support import RELEASED, inputs, relative_error, small
+from tests.support import AROUND, RELEASED, inputs, relative_error, small
 
 RESOLUTIONS = [(12, 10), (10, 12), (8, 8), (12, 16), (16, 12), (6, 10), (14, 8), (20, 4)]
 FRAMES = [4, 6, 8]
@@ -66,7 +66,7 @@ def test_one_compilation_holds_for_all_sizes_batches_and_texts(attention: str) -
         errors = [relative_error(call(model, each), call(eager, each)) for each in calls(model)]
     assert len(errors) == 24
     assert max(errors) <= 1e-5
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_no_released_model_recompiles(name: str, scope: Any) -> None:
     with watch_compilation() as stats:
         for arguments in calls(model)[::5]:
             call(model, arguments)
-    assert (stats.graphs, stats.recompiles) == (1, 0)
+    assert (stats.graphs, stats.recompiles) == (1 + AROUND * (scope == "block"), 0)
 
 
 def test_quantized_activations_are_one_graph_for_all_batches_too() -> None:
@@ -93,7 +93,7 @@ def test_quantized_activations_are_one_graph_for_all_batches_too() -> None:
         for arguments in calls(model)[:3]:
             # norm and rotation are written otherwise when compiling; a value on the edge then rounds to the next int8
             assert relative_error(call(model, arguments), call(eager, arguments)) <= 3e-4
-    assert (stats.graphs, stats.recompiles) == (1, 0)
+    assert (stats.graphs, stats.recompiles) == (1 + AROUND, 0)
 
 
 def test_a_torch_that_cannot_be_told_of_a_least_batch_compiles_a_batch_of_one_apart(
@@ -116,7 +116,7 @@ def test_a_torch_that_cannot_be_told_of_a_least_batch_compiles_a_batch_of_one_ap
             warnings.simplefilter("ignore", RecompileWarning)
             for arguments in calls(model)[:3]:
                 call(model, arguments)
-        assert stats.graphs == graphs, recipe
+        assert stats.graphs == graphs * (1 + AROUND), recipe
 
 
 def test_a_mask_is_symbolic_too() -> None:
@@ -132,7 +132,7 @@ def test_a_mask_is_symbolic_too() -> None:
             arguments["attention_kwargs"] = {"attention_mask": mask}
             assert relative_error(call(model, arguments), call(eager, arguments)) <= 1e-5
             assert not hasattr(mask, "_dynamo_dynamic_indices")
-    assert (stats.graphs, stats.recompiles) == (1, 0)
+    assert (stats.graphs, stats.recompiles) == (1 + AROUND, 0)
 
 
 @pytest.mark.parametrize("scope", ["block", pytest.param("model", marks=pytest.mark.slow)])
@@ -157,7 +157,8 @@ def test_static_sizes_compile_each_size_apart_and_more_than_torchs_limit_of_them
         warnings.simplefilter("ignore", RecompileWarning)
         for arguments in calls(model, batches=(1,))[:9]:
             call(model, arguments)
-    assert (stats.graphs, stats.recompiles) == (9, 8)
+    parts = 1 + AROUND
+    assert (stats.graphs, stats.recompiles) == (9 * parts, 8 * parts)
 
 
 # -- several kinds of block --------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def test_blocks_of_two_kinds_are_two_graphs_and_no_recompile(scope: Any) -> None
         for arguments in calls(model)[:3]:
             half = {name: v.bfloat16() if v.is_floating_point() else v for name, v in arguments.items()}
             assert relative_error(call(model, half), call(eager, half)) <= 1e-2
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (2 if scope == "block" else 1, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (2 + AROUND if scope == "block" else 1, 0, 0)
 
 
 # -- what compiles again is explained ----------------------------------------------------------------------------------
@@ -206,24 +207,25 @@ def changed(model: CogVideoXModel, what: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("what", "scope"),
+    ("what", "scope", "parts"),
     [
-        ("grad mode", "block"),
-        ("grad mode", "model"),
-        ("hidden_states' dtype", "block"),
-        ("attention_mask", "block"),
-        ("attention backend", "block"),
-        ("training mode", "block"),
+        ("grad mode", "block", 1),
+        ("grad mode", "model", 1),
+        ("hidden_states' dtype", "block", 3),
+        ("attention_mask", "block", 1),
+        ("attention backend", "block", 1),
+        ("training mode", "block", 2),  # begin drops values out
     ],
 )
-def test_the_input_that_makes_it_compile_again_is_named(what: str, scope: Any) -> None:
+def test_the_input_that_makes_it_compile_again_is_named_once(what: str, scope: Any, parts: int) -> None:
     model = make("5b", num_layers=1)
     compile_model(model, CompileConfig(scope=scope, backend="eager"))
     call(model, inputs(model.config))
     message = f"the {scope} compiles again: .*{re.escape(what)} is .*, was .*torch's reason: "
     with watch_compilation() as stats, pytest.warns(RecompileWarning, match=message) as caught:
         changed(model, what)
-    assert stats.recompiles == 1
+    assert stats.recompiles == parts
+    assert len(caught) == 1
     text = str(caught[0].message)
     assert "size" not in text.partition("torch's reason")[0], "symbolic sizes are not the cause"
 

@@ -20,7 +20,7 @@ from cogx_fast.runtime.compile import CompileConfig, compile_model, uncompile_mo
 from cogx_fast.runtime.step_cache import place_of
 from cogx_fast.runtime.step_schedule import StepCacheError
 from tests.runtime.generations import LAYERS, Counted, counted, generate, generate_guided, make, schedule, timesteps
-from tests.support import inputs, relative_error
+from tests.support import AROUND, inputs, relative_error
 
 # -- what is computed --------------------------------------------------------------------------------------------------
 
@@ -268,7 +268,7 @@ def test_compiled_it_is_one_graph_for_two_generations_of_two_sizes() -> None:
     compile_model(model, CompileConfig(backend="aot_eager", strict=True))
     with watch_compilation() as stats:
         found = [generate(model, timesteps(5)), generate(model, timesteps(5), frames=6, batch=1)]
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
     for outputs, wanted in zip(found, expected, strict=True):
         for output, want in zip(outputs, wanted, strict=True):
             assert relative_error(output, want) <= 1e-5
@@ -291,7 +291,7 @@ def test_compiled_halves_apart_are_as_many_graphs_as_patterns(scope: Any) -> Non
     compile_model(model, CompileConfig(scope=scope, backend="aot_eager", strict=True))
     with watch_compilation() as stats:
         found = every()
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (4 if scope == "model" else 1, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (4 if scope == "model" else 1 + AROUND, 0, 0)
     for output, want in zip(found, expected, strict=True):
         assert relative_error(output, want) <= 1e-5
 

@@ -22,7 +22,7 @@ from cogx_fast.runtime.parallel import ParallelConfig
 from cogx_fast.runtime.runner import Runner, Slots, compute_all
 from cogx_fast.runtime.streaming import InOrder, OffloadError, StreamedBlocks, stream_blocks
 from tests.pipes import FRAMES, HEIGHT, WIDTH, make_pipe
-from tests.support import RELEASED, inputs, relative_error, small
+from tests.support import AROUND, RELEASED, inputs, relative_error, small
 
 LAYERS = 5
 CPU = torch.device("cpu")
@@ -221,7 +221,7 @@ def test_compiled_it_is_one_graph_that_never_compiles_again(checkpoint: Any, rec
     expected = [run(resident, **size) for size in sizes]
     with watch_compilation() as stats:
         found = [run(streamed, **size) for size in sizes]
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 

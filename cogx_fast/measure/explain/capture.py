@@ -204,8 +204,8 @@ class Capture:
             if key not in self._seen and metrics.recompile_reason:
                 found.append((metrics.co_name or "", metrics.recompile_reason.splitlines()[0]))
             self._seen.add(key)
-        causes = told if len(told) == len(found) else [re.sub(r"^\d+/\d+: ", "", reason) for _, reason in found]
-        for (name, _), cause in zip(found, causes, strict=True):
+        for name, reason in found:
+            cause = told[0] if told else re.sub(r"^\d+/\d+: ", "", reason)
             self.recompiles.append(Recompile(function=_SERIAL.sub("", name), cause=cause, size=self.size))
 
     # -- the backend ---------------------------------------------------------------------------------------------------
