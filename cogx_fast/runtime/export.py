@@ -133,7 +133,7 @@ class _Functional(nn.Module):
 
 def _compile_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange, target: Path) -> None:
     from filelock import FileLock  # torch's own dependency
-    from torch._inductor import aoti_compile_and_package
+    from torch._inductor import aoti_compile_and_package, config
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     from cogx_fast.runtime.compile import CompileConfig, _inductor_options
@@ -143,7 +143,9 @@ def _compile_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange, ta
     program = export_block(model, block, sizes)
     # Of two packages at once, one is compiled: torch writes the objects that they share over each other in its cache.
     alone = FileLock(Path(cache_dir(), "cogx_fast-package.lock"))
-    with alone, torch.no_grad(), candidates(model.device, options):
+    # torch writes what the code is for into its own flag for the package's metadata, and leaves it there.
+    kept = config.patch({"aot_inductor.metadata": dict(config.aot_inductor.metadata)})
+    with alone, kept, torch.no_grad(), candidates(model.device, options):
         aoti_compile_and_package(
             program, package_path=str(target), inductor_configs={**options, "aot_inductor.embed_kernel_binary": True}
         )

@@ -46,6 +46,7 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     assert torch.cuda.current_device() == 0, "something made another device the current one"
     torch._dynamo.reset()
+    gc.unfreeze()  # what stayed of the file before (tests/conftest.py) may be garbage by now, with tensors in it
     gc.collect()
     torch.cuda.empty_cache()
 
