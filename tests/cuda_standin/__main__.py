@@ -1,4 +1,5 @@
-"""``python -m tests.cuda_standin``: the tests on the stand-in device, a pytest process for each card, two at a time."""
+"""``python -m tests.cuda_standin``: the tests on the stand-in device, a pytest process for each card (two for
+that with the most tests), two at a time."""
 
 from __future__ import annotations
 
@@ -18,8 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "out" / "standin"
 DEVICES = 2
 """Of each card, so that there is a cuda:1."""
-CARDS = ("h100", "rtx4090", "a100", "rtx3060", "t4", "b200", "rtx4060")
-"""Those with the most tests first."""
+CARDS = ("h100", "rtx4090", "a100", "rtx3060", "rtx4060", "b200", "t4")
+"""Those with the most to do first."""
+HALVED = ("h100",)
+"""Those whose files are shared by two processes: half of the whole suite is one card's."""
 
 _OPTIONS = ("-q", "--show-capture=no", "-o", "timeout=1800")
 """A test compiles for a minute and more, and the machine may have other work."""
@@ -27,14 +30,16 @@ _NO_TESTS = 5
 """pytest's exit status where -k leaves a card none."""
 
 
-def run_card(card: str, folder: Path, arguments: list[str]) -> int:
-    """pytest on one card; its output is printed when it is done."""
+def run_card(name: str, folder: Path, arguments: list[str]) -> int:
+    """pytest on one card, or ``card-0``, half of its files; its output is printed when it is done."""
+    card, _, half = name.partition("-")
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="standin-") as caches:
         variables = {
             **os.environ,
             **environment(folder, get_card(card), DEVICES),
             "STANDIN_CARD": card,
+            "STANDIN_HALF": half,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
@@ -51,12 +56,12 @@ def run_card(card: str, folder: Path, arguments: list[str]) -> int:
             *_OPTIONS,
             *arguments,
         ]
-        log = OUT / f"{card}.log"  # to look at while it runs
+        log = OUT / f"{name}.log"  # to look at while it runs
         with log.open("w") as output:
             done = subprocess.run(
                 command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, check=False
             )
-    print(f"== {card}, {time.monotonic() - start:.0f} s\n{log.read_text()}", flush=True)
+    print(f"== {name}, {time.monotonic() - start:.0f} s\n{log.read_text()}", flush=True)
     return 0 if done.returncode == _NO_TESTS else done.returncode
 
 
@@ -70,9 +75,11 @@ def main(arguments: list[str]) -> int:
     except StandinError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    cards = options.card or CARDS
+    names = [name for card in cards for name in ([f"{card}-0", f"{card}-1"] if card in HALVED else [card])]
     with ThreadPoolExecutor(options.jobs) as pool:
-        statuses = list(pool.map(lambda card: run_card(card, folder, rest), options.card or CARDS))
-    failed = [card for card, status in zip(options.card or CARDS, statuses, strict=True) if status]
+        statuses = list(pool.map(lambda name: run_card(name, folder, rest), names))
+    failed = [name for name, status in zip(names, statuses, strict=True) if status]
     print(f"failed on {', '.join(failed)}" if failed else "every card passed")
     return 1 if failed else 0
 

@@ -20,14 +20,18 @@ if not journal.is_loaded():
 
 CARD = os.environ.get("STANDIN_CARD", "h100")
 """The short name of the card that this process has."""
+HALF = os.environ.get("STANDIN_HALF", "")
+"""0 or 1: every other file of the card's; nothing: all of them."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests of other cards to their processes: a test without the mark ``cards`` is the H100's."""
+    """Leave other processes their tests: a test without the mark ``cards`` is the H100's."""
     here, elsewhere = [], []
+    files = sorted({item.path for item in items})
     for item in items:
         mark = item.get_closest_marker("cards")
-        (here if CARD in (mark.args if mark else ("h100",)) else elsewhere).append(item)
+        is_here = CARD in (mark.args if mark else ("h100",)) and HALF in ("", str(files.index(item.path) % 2))
+        (here if is_here else elsewhere).append(item)
     items[:] = here
     config.hook.pytest_deselected(items=elsewhere)
 
