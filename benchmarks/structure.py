@@ -52,13 +52,16 @@ class Case:
     recipe: str = "bf16"
     """A quantization recipe's name, or the dtype without one."""
     attention: str = "sdpa"
+    step_cache: str | None = None
+    """One by name: each kind of step is compiled, and the numbers are those of a whole one."""
     dynamic: bool | None = None
     """Sizes are symbolic; None: as the package does by itself."""
 
     @property
     def name(self) -> str:
         """As the table calls it."""
-        return f"{self.variant}/{self.scope}/{self.recipe}/{self.attention}"
+        cached = f"/{self.step_cache}" if self.step_cache else ""
+        return f"{self.variant}/{self.scope}/{self.recipe}/{self.attention}{cached}"
 
     def config(self) -> TransformerConfig:
         """The released model's options at toy size."""
@@ -82,6 +85,7 @@ class Case:
             from quant import plan
 
             plan(model, self.recipe).apply(model, measure=False)
+        model.set_step_cache(self.step_cache)
         return model
 
 
@@ -90,6 +94,8 @@ def _cases() -> Iterable[Case]:
         yield Case(variant=variant)
     yield Case(variant="5b", scope="model")
     yield Case(variant="1.5-5b-i2v", scope="model")
+    yield Case(variant="5b", step_cache="balanced")
+    yield Case(variant="5b", scope="model", step_cache="balanced")
     yield Case(variant="2b", attention="flex")
     yield Case(variant="5b", attention="flex")
     yield Case(variant="5b", recipe="int8-weight-only")
@@ -98,7 +104,7 @@ def _cases() -> Iterable[Case]:
 
 
 CASES: dict[str, Case] = {case.name: case for case in _cases()}
-"""The gated cases by name: variant/scope/recipe/attention."""
+"""The gated cases by name: variant/scope/recipe/attention, and a step cache."""
 
 
 def measure(case: Case, model: CogVideoXModel | None = None, *, sizes: int | None = None) -> Explanation:

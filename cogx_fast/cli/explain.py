@@ -37,6 +37,10 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--quant", metavar="RECIPE", help="a recipe's name or .toml file (cogx-fast recipes lists them)"
     )
+    command.add_argument(
+        "--step-cache", metavar="CACHE",
+        help="a step cache as of generate: each kind of step that it has is compiled, too",
+    )  # fmt: skip
     command.add_argument("--scope", choices=("block", "model"), default="block", help="default: %(default)s")
     command.add_argument("--mode", help="one of torch.compile's modes (default: the package's own choice)")
     command.add_argument(
@@ -71,6 +75,8 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         device=device,
         recipe=arguments.quant,
     )
+    if arguments.step_cache is not None:
+        built.set_step_cache(arguments.step_cache)
     progress.stage(f"compiling {arguments.model}")
     found = explain(built, *sizes, compile=config, spatial_factor=factor, build=arguments.build)
     return {"model": model.name, **found.to_dict()}, f"{model.name}\n\n{found}"

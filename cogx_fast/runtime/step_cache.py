@@ -77,6 +77,9 @@ class Pattern(NamedTuple):
     conditional: bool = False
     """The second half of the batch alone."""
 
+    def __str__(self) -> str:
+        return f"{self.blocks} blocks{' of one half' * self.conditional}"
+
     def compute(
         self, compute: ComputeBlocks, x_BSD: Tensor, stand_in: Tensor | None, difference: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
@@ -229,15 +232,25 @@ class StepCache:
         Raises:
             StepCacheError: there are more than ``most``.
         """
-        if not isinstance(self.strategy, Given):
-            return  # steps are whole, or compute no block
-        found = patterns(self.strategy.given)
+        found = self.patterns(0)
         if len(found) > most:
-            names = sorted(f"{each.blocks} blocks{' of one half' * each.conditional}" for each in found)
+            names = sorted(map(str, found))
             raise StepCacheError(
                 f"the step schedule has {len(found)} kinds of steps ({', '.join(names)}), and a graph of the whole "
                 f"step is made for each, {most} at most: use CompileConfig(scope='block'), or fewer numbers of blocks"
             )
+
+    def patterns(self, num_layers: int) -> list[Pattern]:
+        """The kinds of steps that there may be, whole ones first.
+
+        Args:
+            num_layers: of the model.
+        """
+        if isinstance(self.strategy, Given):
+            found = patterns(self.strategy.given)
+        else:
+            found = {Pattern(num_layers, (0,)), Pattern(0)}
+        return sorted(found, key=lambda each: (each.conditional, -each.blocks))
 
     def __call__(
         self, compute: ComputeBlocks, x_BSD: Tensor, num_layers: int, model: CogVideoXTransformer, inputs: Inputs
@@ -301,6 +314,35 @@ class StepCache:
             warnings.warn(f"{why}, so the step cache does not know the step and computes it whole", stacklevel=2)
 
 
+class Rehearsal(StepCache):
+    """Takes every call for a step of one kind, with nothing in what is filled in: to compile it (``measure.explain``).
+
+    Args:
+        cache: whose strategy it is.
+        pattern: what its steps compute.
+    """
+
+    def __init__(self, cache: StepCache, pattern: Pattern) -> None:
+        super().__init__(cache.strategy)
+        self._pattern = pattern
+
+    def begin(self, model: CogVideoXTransformer, inputs: Inputs) -> Step:
+        """As ``StepCache.begin``."""
+        latents_BFCHW, text_BTE = inputs.latents_BFCHW, inputs.text_BTE
+        batch, frames, _, height, width = latents_BFCHW.shape
+        patch = model.patch_embed.patch_size**2 * (model.patch_embed.patch_size_t or 1)
+        tokens, dim = text_BTE.shape[1] + frames * height * width // patch, model.norm_final.normalized_shape[0]
+        is_whole, is_alone = self._pattern.blocks == len(model.transformer_blocks), self._pattern.conditional
+        filled_in, difference = (latents_BFCHW.new_empty(batch // (1 + is_alone), tokens, dim) for _ in range(2))
+        size = latents_BFCHW.shape, text_BTE.shape
+        return Step(
+            self._pattern,
+            None if is_whole else filled_in,
+            difference if is_alone else None,
+            _Generation(inputs.timestep_B, 0, size, None),
+        )
+
+
 def _is_guided(inputs: Inputs) -> bool:
     """Whether both halves of the batch begin with the same noise. With a mask, which may be each half's own: no."""
     latents_BFCHW = inputs.latents_BFCHW
@@ -359,4 +401,4 @@ def _by_first_block(
     return x_BSD
 
 
-__all__ = ["Pattern", "Place", "Step", "StepCache", "context", "patterns", "place_of"]
+__all__ = ["Pattern", "Place", "Rehearsal", "Step", "StepCache", "context", "patterns", "place_of"]

@@ -19,6 +19,7 @@ from cogx_fast.measure.explain.capture import Capture, Clock
 from cogx_fast.measure.explain.report import Graph
 from cogx_fast.runtime.compile import compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.step_schedule import StepSchedule
 from tests.conftest import report, run_cli
 from tests.support import inputs, small
 
@@ -64,7 +65,7 @@ def test_a_recompile_says_what_caused_it(recompiled: Explanation) -> None:
     assert [(each.function, each.size) for each in recompiled.recompiles] == [("begin", 1), ("block", 1), ("head", 1)]
     recompile = recompiled.recompiles[1]
     assert "hidden_states' size is 1 × 4 × 16 × 8 × 10, was 2 × 4 × 16 × 12 × 10" in recompile.cause
-    assert "patches_BVP" in recompile.cause, "the model says once in a call why"
+    assert "text_BTE" in recompile.cause, "of begin: the model says once in a call why"
     assert "expected 2, actual 1" in recompile.cause
     assert "6 graphs, 0 breaks, 3 recompiles" in str(recompiled)
     assert f"recompile   block at 1 × 13 × 64 × 80: {recompile.cause}" in str(recompiled)
@@ -121,7 +122,7 @@ def test_text_and_json_say_it(explained: Explanation) -> None:
     assert "3 graphs, 0 breaks, 0 recompiles" in text
     assert "matmul addmm" in text
     data = json.loads(json.dumps(explained.to_dict()))
-    assert data["sizes"] == [{"batch": 2, "frames": 13, "height": 96, "width": 80}]
+    assert data["sizes"] == [{"batch": 2, "frames": 13, "height": 96, "width": 80, "step": ""}]
     assert data["total"]["flops"] == explained.total.flops
     assert len(data["graphs"][0]["kernels"]) == len(explained.graphs[0].kernels)
 
@@ -218,6 +219,28 @@ def test_a_model_is_explained_as_it_is_compiled() -> None:
     assert [len(graph.kernels) for graph in found.graphs] == [0]  # that backend writes no code
 
 
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_each_kind_of_step_of_a_step_cache_is_compiled(scope: Any) -> None:
+    """Whole, the first block alone, and of both the conditional half alone."""
+    model = make()
+    model.set_step_cache(
+        StepSchedule(blocks=(2, 2, 1, 2, 2, 1), num_layers=2, forecast="reuse", unconditional=(1, 1, 0, 0, 1, 0))
+    )
+    found = model.explain(FIRST, SECOND, compile=CompileConfig(backend="eager", scope=scope))
+    steps = ["", "", "1 blocks", "2 blocks of one half", "1 blocks of one half"]
+    assert [size.step for size in found.sizes] == steps
+    assert not found.breaks
+    assert not found.recompiles
+    counts = {graph.function: graph.runs_at for graph in found.graphs}
+    if scope == "block":
+        assert counts == {"begin": (1,) * 5, "block": (2, 2, 1, 2, 1), "head": (1,) * 5}
+    else:
+        assert [graph.runs_at for graph in found.graphs] == [
+            (1, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1)
+        ]  # fmt: skip
+    assert "2 × 13 × 96 × 80 in a step of 1 blocks of one half" in str(found)
+
+
 def test_a_model_without_values_takes_no_memory_for_them() -> None:
     model = empty_model(small("5b"), attention="sdpa", dtype=torch.bfloat16, device=torch.device("cpu"))
     found = explain(model, FIRST, compile=CompileConfig(backend="eager"))
@@ -233,7 +256,7 @@ def test_the_command(tmp_path: Path) -> None:
     config.write_text(json.dumps(dict(small("5b"))))
     size = ("--frames", "13", "--height", "96", "--width", "80")
     told = report(run_cli("explain", config, *size, "--layers", "1", "--no-build", "--dtype", "fp32", "--json"))
-    assert told["sizes"] == [{"batch": 2, "frames": 13, "height": 96, "width": 80}]
+    assert told["sizes"] == [{"batch": 2, "frames": 13, "height": 96, "width": 80, "step": ""}]
     assert told["kinds"]["matmul"]["kernels"] == 4 + AROUND_PRODUCTS
     assert told["cache"] is None
 
@@ -242,7 +265,10 @@ def test_the_command_with_a_recipe(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(dict(small("5b"))))
     size = ("--frames", "13", "--height", "96", "--width", "80", "--layers", "1", "--no-build")
-    told = report(run_cli("explain", config, *size, "--quant", "int8-weight-only", "--json"))
+    options = ("--quant", "int8-weight-only", "--step-cache", "balanced", "--json")
+    told = report(run_cli("explain", config, *size, *options))
+    assert [each["step"] for each in told["sizes"]] == ["", "0 blocks"]
+    assert {graph["function"]: graph["runs_at"] for graph in told["graphs"]}["block"] == [1, 0]
     assert told["kinds"]["matmul"]["kernels"] == 4 + AROUND_PRODUCTS
     assert told["weights"]["Int8Tensor"] > 0
 
@@ -256,6 +282,7 @@ def test_the_command_with_a_recipe(tmp_path: Path) -> None:
         (("5b", "--mode", "fastest"), "mode is 'fastest'"),
         (("5b", "--attention", "best"), "'best' is not known"),
         (("5b", "--quant", "best"), "best"),
+        (("5b", "--step-cache", "best"), "best"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_compiles(arguments: tuple[str, ...], words: str) -> None:

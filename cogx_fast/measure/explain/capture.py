@@ -48,8 +48,8 @@ class Watched:
     inductor_bytes: int = 0
     peak_bytes: int = 0
 
-    def graph(self) -> Graph:
-        """As it is reported."""
+    def graph(self, sizes: int) -> Graph:
+        """As it is reported, with how often it runs at each of so many sizes."""
         kernels = [
             Kernel(
                 name=work.name,
@@ -65,6 +65,7 @@ class Watched:
             function=self.function,
             size=self.size,
             runs=self.runs[self.size],
+            runs_at=tuple(self.runs[size] for size in range(sizes)),
             is_symbolic=self.is_symbolic,
             operators=self.operators,
             launches=self.launches,
@@ -146,7 +147,7 @@ class Capture:
     @property
     def graphs(self) -> tuple[Graph, ...]:
         """What was captured and compiled."""
-        return tuple(watched.graph() for watched in self._watched)
+        return tuple(watched.graph(self.size + 1) for watched in self._watched)
 
     def compiler(self, function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
         """As ``torch.compile``, but where capturing has to stop that is kept, and not raised."""

@@ -19,9 +19,11 @@ class Size(NamedTuple):
     height: int
     """Pixels."""
     width: int
+    step: str = ""
+    """Which kind of step of a step cache; of the first kind, and without one, nothing."""
 
     def __str__(self) -> str:
-        return " × ".join(map(str, self))
+        return " × ".join(map(str, self[:4])) + (f" in a step of {self.step}" if self.step else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,8 @@ class Graph:
     """Which of the sizes it was compiled at, and its bytes and operations hold for."""
     runs: int
     """How often one call of the model at that size runs it."""
+    runs_at: tuple[int, ...]
+    """The same at each of the sizes."""
     is_symbolic: bool
     """Compiled for more sizes than that one."""
     operators: int

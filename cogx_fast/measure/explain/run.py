@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cogx_fast.measure.explain.capture import Capture
 from cogx_fast.measure.explain.report import CacheUse, Explanation, Size
+from cogx_fast.runtime.step_cache import Rehearsal, StepCache
 from cogx_fast.sizes import choose_video, default_video, padded_latent_frames
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def explain(
 
     A copy of it that holds no values is compiled, from nothing, in a cache of its own, and never run: so it takes no
     memory for weights and the compile time of a cold start, and leaves the model, its compiled state, torch's flags and
-    caches as they are. Its hooks are kept: a graph break, which compiling otherwise refuses, is reported.
+    caches as they are. Its hooks are kept: a graph break, which compiling otherwise refuses, is reported. With a step
+    cache it is called once more at the first size for each other kind of step that there may be.
 
     Args:
         model: any, compiled or not; one whose parameters are fake tensors already is used itself.
@@ -58,14 +60,14 @@ def explain(
 
     compilation = model.runner.compilation
     config = compile or (CompileConfig() if compilation is None else compilation.config)
-    videos = _sizes(model, sizes, spatial_factor)
+    calls = _calls(model, _sizes(model, sizes, spatial_factor))
     with fresh_cache():
         cold = Capture(build=build, code_of_first_only=code_of_first_only)
-        _compile(model, videos, config, spatial_factor, cold)
+        _compile(model, calls, config, spatial_factor, cold)
         cache = None
         if build:
             warm = Capture(build=True, code_of_first_only=code_of_first_only)
-            _compile(model, videos, config, spatial_factor, warm)
+            _compile(model, calls, config, spatial_factor, warm)
             graphs = len(warm.graphs)
             cache = CacheUse(
                 hits=graphs - warm.lowered,
@@ -79,7 +81,7 @@ def explain(
         scope=config.scope,
         mode=config.mode or "",
         attention=", ".join(model.attention_backends),
-        sizes=videos,
+        sizes=tuple(video for video, _ in calls),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weights=weight_bytes(model),
         graphs=cold.graphs,
@@ -155,8 +157,18 @@ def fake_copy(model: CogVideoXModel) -> tuple[CogVideoXModel, Any]:
     return faked, mode
 
 
+def _calls(model: CogVideoXModel, videos: tuple[Size, ...]) -> list[tuple[Size, Any]]:
+    """What the model is called with, and the step cache that it has then."""
+    cache = model.runner.slots.reuse
+    if not isinstance(cache, StepCache) or not cache.is_traceable:
+        return [(video, cache) for video in videos]
+    whole, *others = cache.patterns(model.config.num_layers)
+    calls: list[tuple[Size, Any]] = [(video, Rehearsal(cache, whole)) for video in videos]
+    return calls + [(videos[0]._replace(step=str(each)), Rehearsal(cache, each)) for each in others]
+
+
 def _compile(
-    model: CogVideoXModel, videos: tuple[Size, ...], config: CompileConfig, spatial_factor: int, capture: Capture
+    model: CogVideoXModel, calls: list[tuple[Size, Any]], config: CompileConfig, spatial_factor: int, capture: Capture
 ) -> None:
     """Compile a copy by calling it at each size."""
     from cogx_fast.runtime.compile import RecompileWarning, compile_model, uncompile_model
@@ -165,8 +177,9 @@ def _compile(
     compile_model(faked, dataclasses.replace(config, strict=False), compiler=capture.compiler)
     try:
         with mode, torch.no_grad(), capture.watching():
-            for index, video in enumerate(videos):
+            for index, (video, reuse) in enumerate(calls):
                 capture.size = index
+                faked.runner.use(dataclasses.replace(faked.runner.slots, reuse=reuse))
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always", RecompileWarning)
                     faked(**_arguments(faked, video, spatial_factor))

@@ -57,7 +57,7 @@ def _graphs(found: Explanation) -> str:
         (
             graph.function,
             str(found.sizes[graph.size]) + (" and others" if graph.is_symbolic else ""),
-            str(graph.runs),
+            ", ".join(map(str, graph.runs_at)),
             str(graph.operators),
             str(len(graph.kernels)),
             scaled(graph.bytes, "B"),
