@@ -99,8 +99,9 @@ def parallelize(model: CogVideoXModel, parallel: ParallelConfig | DeviceMesh | N
         raise ValueError(_not_divided(heads, sequence))
     from cogx_fast.runtime import ranks
 
-    ranks.start()
-    job = ranks.ranks(parallel.lost_after if isinstance(parallel, ParallelConfig) else ranks.LOST_AFTER)
+    lost_after = parallel.lost_after if isinstance(parallel, ParallelConfig) else ranks.LOST_AFTER
+    ranks.start(lost_after)
+    job = ranks.ranks(lost_after)
     with job.together():
         job.agree({"mesh": f"guidance {guidance}, sequence {sequence}"})
     if guidance * sequence != job.size:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ import cogx_fast
 from cogx_fast.attention.plan import FULL, AttentionPlan
 from cogx_fast.attention.windows import Pattern
 from cogx_fast.measure import roofline
+from cogx_fast.runtime import ranks
 from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.parallel import ParallelConfig
@@ -89,7 +92,11 @@ def go_on(rank: int, fault: dict[str, Any], ready: str) -> None:
     """Steps without end; rank 1 is given something else, or raises, as ``fault`` says."""
     mine = fault if rank == 1 else {}
     model = make()
+    if mine.get("hangs") == "in its own code":
+        os.execvp("sleep", ["sleep", "25"])
     model.set_parallel(ParallelConfig(sequence=dist.get_world_size(), lost_after=4.0))
+    if mine.get("hangs") == "before its first step":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if mine.get("raises") == "in a step":
         model.transformer_blocks[1].register_forward_hook(_raise)
     for number in range(10_000):
@@ -100,6 +107,13 @@ def go_on(rank: int, fault: dict[str, Any], ready: str) -> None:
             raise ValueError("the disk is full")
         if number == 4 and mine.get("raises") == "ends":
             return
+
+
+def join(rank: int, command: str) -> None:
+    """Join a job of which rank 1 is a shell's command, which does not."""
+    if rank == 1:
+        os.execvp("sh", ["sh", "-c", command])
+    ranks.start(lost_after=4.0)
 
 
 def _raise(*_: Any) -> None:
