@@ -21,6 +21,13 @@ def test_every_mesh_computes_what_one_process_does(size: int, tmp_path: Path) ->
         assert len(errors) >= 12
 
 
+@pytest.mark.parametrize(("size", "heads"), [(6, 12), (8, 24)])
+def test_a_node_of_six_or_eight_computes_what_one_process_does(size: int, heads: int, tmp_path: Path) -> None:
+    for errors in worlds.results(f"{SHARED}:meshes", size, tmp_path, seconds=280, backend=None, heads=heads):
+        assert {name: error for name, error in errors.items() if not error <= 1e-6} == {}
+        assert {name.partition(",")[0] for name in errors} >= {f"2 × {size // 2}", f"1 × {size}"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 6])
 def test_code_of_inductor_computes_it_too(size: int, tmp_path: Path) -> None:
