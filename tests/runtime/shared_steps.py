@@ -6,6 +6,7 @@ import copy
 import os
 import signal
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import cogx_fast
 from cogx_fast.attention.plan import FULL, AttentionPlan
 from cogx_fast.attention.windows import Pattern
 from cogx_fast.measure import roofline
+from cogx_fast.pipelines.shared_decode import SharedTiles, plan_tiles, sent_bytes, share_decode
 from cogx_fast.runtime import ranks
 from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
@@ -185,6 +187,30 @@ def sent(rank: int) -> list[tuple[int, int]]:
     return found
 
 
+def decode(rank: int) -> list[dict[str, Any]]:
+    """Videos of several sizes decoded by the ranks' tiles, beside one process' tiled decode; and what was sent."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    from cogx_fast.assets.recipe import VAE_CONFIG
+
+    torch.manual_seed(0)
+    pipe = SimpleNamespace(vae=AutoencoderKLCogVideoX(**VAE_CONFIG).eval())
+    pipe.vae.enable_tiling(32, 48)
+    found = []
+    for frames, height, width in ((3, 7, 13), (2, 4, 11), (1, 3, 7), (1, 3, 5)):
+        z = torch.randn(2, VAE_CONFIG["latent_channels"], frames, height, width)
+        with torch.no_grad(), Sent() as sent:
+            share_decode(pipe, None)
+            alone = pipe.vae.decode(z).sample
+            share_decode(pipe, ParallelConfig(decode=True))
+            shared = pipe.vae.decode(z).sample
+        tiles = plan_tiles(pipe.vae, z.shape, dist.get_world_size())
+        is_tiled = height > 4 or width > 6
+        expected = sent_bytes(tiles, dist.get_world_size(), 4) if is_tiled else 0
+        found.append({"equal": torch.equal(alone, shared), "sent": sent.bytes, "expected": expected})
+    return found
+
+
 def compositions(rank: int) -> dict[str, float]:
     """The error of what goes together, in a mesh of two by two, beside one process."""
     few = AttentionPlan(
@@ -249,6 +275,13 @@ def refusals(rank: int) -> dict[str, str]:
         "call the model under torch.no_grad()": said(lambda: shared(**inputs(shared.config))),
         "guidance=2 shares a batch of 1": said(lambda: generate(guided, batch=1)),
         "needs another code of the blocks": said(lambda: packaged.set_parallel(ParallelConfig(sequence=2))),
+        "this is its transformer alone": said(lambda: make().set_parallel(ParallelConfig(sequence=2, decode=True))),
+        "that of SimpleNamespace has none (NoneType)": said(
+            lambda: cogx_fast.accelerate(
+                SimpleNamespace(transformer=make()), parallel=ParallelConfig(sequence=2, decode=True)
+            )
+        ),
+        "decode under torch.no_grad()": said(lambda: SharedTiles(None, 4.0)(torch.zeros(1))),
         "dimensions are named ('rows',)": said(
             lambda: make().set_parallel(init_device_mesh("cpu", (2,), mesh_dim_names=("rows",)))
         ),

@@ -47,6 +47,13 @@ def test_what_is_sent_is_what_the_formula_says(tmp_path: Path) -> None:
         assert all(counted == said > 0 for counted, said in found), found
 
 
+def test_tiles_that_ranks_share_make_the_video_of_one_process_bit_for_bit(tmp_path: Path) -> None:
+    for found in worlds.results(f"{SHARED}:decode", 3, tmp_path, seconds=280):
+        assert all(each["equal"] for each in found), found
+        assert [each["sent"] for each in found] == [each["expected"] for each in found]
+        assert [each["sent"] > 0 for each in found] == [True, True, True, False]
+
+
 def test_what_does_not_go_with_a_mesh_says_so(tmp_path: Path) -> None:
     for said in worlds.results(f"{SHARED}:refusals", 2, tmp_path, seconds=280):
         for expected, message in said.items():
