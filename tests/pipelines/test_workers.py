@@ -52,7 +52,7 @@ def test_the_command_line_shares_a_video(tmp_path: Path) -> None:
         out = tmp_path / f"{processes}.mp4"
         size = ("--frames", 9, "--height", 64, "--width", 64, "--steps", 2)
         options = ("--model", "tiny", "--prompt", "a seven", "--no-compile", "--vae-tiling", "--nproc", processes)
-        facts = report(run_cli("generate", *options, "--out", out, "--json"))
+        facts = report(run_cli("generate", *options, *size, "--out", out, "--json"))
         assert facts["processes"] == processes
         videos.append(imageio.imread(out).astype(float))
     assert np.abs(videos[0] - videos[1]).mean() < 0.25  # of 255, by the codec, where latents differ by rounding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -208,6 +209,35 @@ def decode(rank: int) -> list[dict[str, Any]]:
         is_tiled = height > 4 or width > 6
         expected = sent_bytes(tiles, dist.get_world_size(), 4) if is_tiled else 0
         found.append({"equal": torch.equal(alone, shared), "sent": sent.bytes, "expected": expected})
+    return found
+
+
+def memory(rank: int, weights: list[str], ranks: tuple[int, ...]) -> dict[tuple[str, int], dict[str, int]]:
+    """Bytes of host memory that a model takes in a rank when the first so many ranks have loaded it and read all of it.
+
+    "own" is the rank's alone; "file" its part of what is mapped, each page shared by those that have it (Linux's PSS).
+    """
+
+    def held() -> dict[str, int]:
+        with open("/proc/self/smaps_rollup") as file:
+            lines = [line.split() for line in file.readlines()[1:]]
+        return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines}
+
+    found = {}
+    for directory, sharing in itertools.product(weights, ranks):
+        before = held()
+        dist.barrier()
+        if rank < sharing:
+            model = cogx_fast.load(directory)
+            for tensor in model.state_dict().values():
+                tensor.view(-1).view(torch.uint8).max()
+        dist.barrier()
+        after = held()
+        dist.barrier()
+        if rank < sharing:
+            own, file = (after[name] - before[name] for name in ("Pss_Anon", "Pss_File"))
+            found[directory, sharing] = {"own": own, "file": file}
+            del model, tensor
     return found
 
 
