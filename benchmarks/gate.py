@@ -18,7 +18,7 @@ from pathlib import Path
 HEADER = ("case", "metric", "value", "margin")
 NOTE = "note"
 VERSIONS = "versions"
-MORE_IS_BETTER = frozenset({"percent_of_ceilings"})
+MORE_IS_BETTER = frozenset({"percent_of_ceilings", "speedup"})
 
 Measured = Mapping[str, Mapping[str, int | float | str]]
 """Values by case and metric."""

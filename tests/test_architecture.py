@@ -24,7 +24,7 @@ COMPILER_OWNERS = (
     "cogx_fast/runtime/warm_start.py",  # what Inductor left on the disk, and where the next process looks for it
     "cogx_fast/runtime/export.py",  # compiles ahead of time
     "cogx_fast/runtime/calls.py",  # its part that holds torch's flags during a call
-    "cogx_fast/runtime/compiled.py",  # its part that runs what was compiled
+    "cogx_fast/runtime/piece.py",  # what runs what was compiled
     "cogx_fast/runtime/symbols.py",  # its part that marks symbolic sizes
     "cogx_fast/runtime/candidates.py",  # its part that says what Inductor times
     "cogx_fast/runtime/merged_loops.py",  # its part that says which loops stay apart

@@ -31,7 +31,9 @@ class Ended:
     """What it wrote to stderr."""
 
 
-def work(function: str, rank: int, size: int, port: int, results: Any, log: str, arguments: dict[str, Any]) -> None:
+def work(
+    function: str, joined: bool, rank: int, size: int, port: int, results: Any, log: str, arguments: dict[str, Any]
+) -> None:
     """What a rank does."""
     import torch
     import torch.distributed as dist
@@ -40,8 +42,10 @@ def work(function: str, rank: int, size: int, port: int, results: Any, log: str,
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT, 0o600), 2)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    store = dist.TCPStore(TOKEN, port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    os.environ |= {"MASTER_ADDR": TOKEN, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    if joined:
+        store = dist.TCPStore(TOKEN, port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     module, _, name = function.partition(":")
     results.send(getattr(importlib.import_module(module), name)(rank, **arguments))
 
@@ -53,9 +57,10 @@ class World:
         function: "module:name".
         size: ranks.
         directory: where they write what they say.
+        joined: whether they have joined torch's process group before the function.
     """
 
-    def __init__(self, function: str, size: int, directory: Any, **arguments: Any) -> None:
+    def __init__(self, function: str, size: int, directory: Any, *, joined: bool = True, **arguments: Any) -> None:
         import torch.distributed as dist
 
         context = multiprocessing.get_context("forkserver")
@@ -66,7 +71,8 @@ class World:
         self._results: list[Any] = [receive for receive, _ in pipes]
         self.processes = [
             context.Process(
-                target=work, args=(function, rank, size, self._store.port, pipes[rank][1], self._logs[rank], arguments)
+                target=work,
+                args=(function, joined, rank, size, self._store.port, pipes[rank][1], self._logs[rank], arguments),
             )
             for rank in range(size)
         ]

@@ -14,5 +14,6 @@ diffusers eager and with torchao's recipes do is recorded beside it and held to 
 
 The runner gives every model a process, restarts it after what crashes or hangs, stops when the budget is spent, names
 what was not run, and goes on from ``--out`` the next time (``budget``). ``wheels`` collects what an offline machine
-lacks; ``session.sh`` is the order for a quarter of an hour. ``--device cpu --quick`` runs each line in toy sizes.
+lacks; ``session.sh`` is the order for a quarter of an hour; ``ranks`` times the meshes of several GPUs first.
+``--device cpu --quick`` runs each line in toy sizes.
 """

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import environment
-from benchmarks.gpu import budget, report, suite
+from benchmarks.gpu import budget, ranks, report, suite
 from benchmarks.gpu.cases import plan
 
 OUT = environment.ROOT / "out" / "gpu"
@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: torch sees no GPU here: --device cpu --quick tries the gate itself", file=sys.stderr)
         return 2
     chosen = [case for case in plan(quick=options.quick) if re.search(options.only, str(case))]
-    if not chosen:
+    has_ranks = torch.cuda.device_count() > 1 and re.search(options.only, "ranks") is not None
+    if not chosen and not has_ranks:
         print(f"error: no case matches {options.only!r}", file=sys.stderr)
         return 2
     out = options.out.absolute()
@@ -45,13 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passed_on = [f"--device={options.device}", f"--baselines={options.baselines.absolute()}", "--disable-warnings",
                  *(["--quick"] if options.quick else []), *(["--accept"] if options.accept else [])]  # fmt: skip
     end = time.monotonic() + options.budget
+    red = has_ranks and ranks.main([
+        f"--budget={options.budget / 2}", f"--out={out}", f"--baselines={options.baselines.absolute()}",
+        f"--device={options.device}", *(["--quick"] * options.quick), *(["--accept"] * options.accept),
+        *(["--resume"] * options.resume),
+    ])  # fmt: skip
     for (model, part), cases in itertools.groupby(chosen, lambda case: (case.model, case.part)):
         tests = [TEST.format(case) for case in cases]
         tables = [f"--benchmark-json={out / f'{model}-{part}.json'}", "--benchmark-columns=median,iqr,rounds"]
         budget.run([*tests, *passed_on, *tables, *options.argument], seconds=end - time.monotonic(), ledger=ledger,
                    least=2 if options.quick else budget.LEAST_SECONDS, limit=options.limit)  # fmt: skip
     print("\n".join(report.write(ledger, chosen, out)))
-    return int(any(line["outcome"] in budget.FAILED for line in budget.ended(ledger)))
+    return int(red or any(line["outcome"] in budget.FAILED for line in budget.ended(ledger)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,8 +33,12 @@ def upstream(case: Case, device: torch.device, dtype: torch.dtype = DTYPE) -> An
 
 
 def perturbed(case: Case, device: torch.device) -> Any:
-    """The same in fp32, with norms, biases and gates away from their trivial start, so that the block shows."""
-    model = upstream(case, device, torch.float32)
+    """The same in fp32, ``perturb``ed."""
+    return perturb(upstream(case, device, torch.float32))
+
+
+def perturb(model: Any) -> Any:
+    """A model with norms, biases and gates away from their trivial start, so that the block shows."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(2)
         for parameter in model.parameters():

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A quarter of an hour on a GPU machine, in commands of at most ten minutes each; run them in this order, from anywhere:
 #
-#   benchmarks/gpu/session.sh 1 [OUT]    the gate's first cases: 5b's attention, then its block in every recipe
+#   benchmarks/gpu/session.sh 1 [OUT]    the gate's first cases: 5b's attention, then its block in every recipe; where there
+#                                        are several GPUs, every mesh of them before that, in half of the time
 #   benchmarks/gpu/session.sh 2 [OUT]    is the rest right? the tests marked gpu, the most telling first; the generated code
 #                                        against the described device's
 #   benchmarks/gpu/session.sh 3 [OUT]    goes on with what is left of both

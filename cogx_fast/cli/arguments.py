@@ -75,7 +75,8 @@ def add_offload(command: argparse._ActionsContainer) -> None:
     )  # fmt: skip
     command.add_argument(
         "--vae-tiling", action=argparse.BooleanOptionalAction,
-        help="on a GPU: decode by tiles, one after the other (default: where the memory asks for it)",
+        help="decode by tiles, one after the other, or with --nproc by all processes (default: on a GPU whose memory "
+        "asks for it)",
     )  # fmt: skip
 
 

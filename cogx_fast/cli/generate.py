@@ -61,7 +61,8 @@ def _shared(task: Task, processes: int) -> Task:
     from cogx_fast.runtime.parallel import ParallelConfig
 
     heads, guided = task.model.config.num_attention_heads, task.request.guidance > 1
-    parallel = ParallelConfig.for_ranks(processes, heads, guided=guided)
+    shares_decode = task.setting.vae_tiling is True
+    parallel = ParallelConfig.for_ranks(processes, heads, guided=guided, decode=shares_decode)
     return replace(task, setting=replace(task.setting, parallel=parallel))
 
 
@@ -84,9 +85,11 @@ def _generate(task: Task, arguments: argparse.Namespace, progress: Progress) -> 
     is_first = int(os.environ.get("RANK", 0)) == 0
     with watch_compilation() as compilation:
         on_step = progress.steps("denoising", request.steps)
-        run = generation.run_pipeline(pipe, request, decode=is_first, on_step=on_step)
-    if run.frames is None:  # the first process has the video
+        shares_decode = task.setting.parallel is not None and task.setting.parallel.decode
+        run = generation.run_pipeline(pipe, request, decode=is_first or shares_decode, on_step=on_step)
+    if not is_first:  # which has the video
         return {}, ""
+    assert run.frames is not None
     progress.stage("writing the video")
     files.write_video(out, run.frames, fps=task.fps)
     report = {

@@ -13,6 +13,7 @@ from cogx_fast.config import UPSTREAM_CLASS
 from cogx_fast.loading import load, read_dtype
 from cogx_fast.pipelines.memory import BudgetError, fit, read_memory, refuse_impossible
 from cogx_fast.pipelines.placement import Placement
+from cogx_fast.pipelines.shared_decode import check_decode, share_decode, without_decode
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import Given
 
@@ -72,11 +73,15 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
             streams=getattr(options.get("compile"), "scope", "block") == "block",
         )  # fmt: skip
     options.setdefault("keep_source", is_shared or placement.has_hooks)
+    parallel = options.get("parallel")
+    check_decode(pipe, parallel)
+    options["parallel"] = without_decode(parallel)
     with placement.lifted():
         model = load(transformer, **options)
     placement.give(model)
     model.check_attached()
     pipe.transformer = model  # type: ignore[attr-defined]
+    share_decode(pipe, parallel)
     tell_scheduler(pipe)
     placement.hand_over(pipe, model)
     if memory is not None:

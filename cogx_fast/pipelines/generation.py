@@ -23,6 +23,7 @@ from cogx_fast.model.cpu import HALF, computes, slow_dtype
 from cogx_fast.pipelines.accelerate import tell_scheduler
 from cogx_fast.pipelines.locate import Model, read_stored_weights
 from cogx_fast.pipelines.memory import OFFLOADS, estimate, place
+from cogx_fast.pipelines.shared_decode import share_decode, without_decode
 from cogx_fast.sizes import VideoSize, count_tokens, latent_frames
 from cogx_fast.video.files import Frames
 from cogx_fast.weights.headers import FLOATING
@@ -69,7 +70,7 @@ class Setting:
     offload: str | None = None
     """On a GPU: one of ``memory.OFFLOADS``, "blocks" of our transformer alone; None chooses by its memory."""
     vae_tiling: bool | None = None
-    """On a GPU: whether the VAE decodes by tiles; None chooses."""
+    """Whether the VAE decodes by tiles; None chooses on a GPU, and is no elsewhere."""
 
     def __post_init__(self) -> None:
         if self.offload not in (None, *OFFLOADS):
@@ -215,12 +216,13 @@ def open_pipeline(
             attention_plan=setting.attention_plan,
             step_cache=setting.step_cache,
             loras=setting.loras,
-            parallel=setting.parallel,
+            parallel=without_decode(setting.parallel),
             compile=setting.compile,
             quant=setting.quant,
         )
         pipe = pipeline_class.from_pretrained(model.location, transformer=transformer, torch_dtype=transformer.dtype)
         tell_scheduler(pipe)
+        share_decode(pipe, setting.parallel)
     if size is not None and is_laid_out:
         tokens = count_tokens(model.config, size, spatial_factor=model.spatial_factor)
         needs = estimate(pipe, tokens, size)
@@ -229,6 +231,8 @@ def open_pipeline(
         kind = laid_out.kind
     else:
         pipe, kind = pipe.to(device), "none"
+        if setting.vae_tiling:
+            pipe.vae.enable_tiling()
     if setting.compile and setting.transformer == UPSTREAM:  # ours is, by load
         whole = [pipe.transformer] if kind == "none" else pipe.transformer.transformer_blocks
         for part in whole if kind != "sequential" else ():  # what moves weights at each call cannot be traced

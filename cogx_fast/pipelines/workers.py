@@ -33,7 +33,7 @@ def start(processes: int, arguments: Sequence[str]) -> dict[str, Any]:
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     finished = subprocess.run(command, env=threads | os.environ, stdout=subprocess.PIPE, text=True, check=False)
     if finished.returncode:
-        raise ChildProcessError(f"{processes} processes failed: the error of rank 0 stands above")
+        raise ChildProcessError(f"{processes} processes failed: the error stands above")
     report: dict[str, Any] = json.loads(finished.stdout)
     return report
 

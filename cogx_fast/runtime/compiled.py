@@ -124,10 +124,13 @@ class CompiledRunner(Runner):
         pieces: dict[tuple[bool, ...], Piece] = {}
 
         def call(model: CogVideoXTransformer, *arguments: Any) -> Any:
-            """By one graph for all sizes; with a schedule, or an order of the tokens, by another."""
+            """By one graph for all sizes; with a schedule, an order of the tokens, or a stream that is no part of a
+            longer one (head's, with tokens on several ranks), by another."""
             if torch.compiler.is_compiling() or torch.is_grad_enabled():
                 return function(model, *arguments)
-            given = tuple(argument is not None for argument in arguments)
+            tokens = arguments[0]
+            is_whole = tokens.stride(0) == tokens.shape[1] * tokens.stride(1)
+            given = (is_whole, *(argument is not None for argument in arguments))
             if given not in pieces:
                 pieces.setdefault(given, Piece(function, name, self._compile, mark, self._calls, []))
             return pieces[given](model, *own_arguments(*arguments))

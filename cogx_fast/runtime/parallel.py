@@ -54,6 +54,8 @@ class ParallelConfig:
     """Groups that share the batch: 2 for a video with the prompt and without."""
     sequence: int = 1
     """Ranks that share the tokens of a video; a divisor of the model's heads."""
+    decode: bool = False
+    """Whether the ranks also share the tiles that a pipeline's VAE decodes (``accelerate``), which turns tiling on."""
     lost_after: float = 12.0
     """Seconds without a sign of life after which a rank is lost and the job ends."""
 
@@ -63,7 +65,7 @@ class ParallelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
 
     @classmethod
-    def for_ranks(cls, ranks: int, num_heads: int, *, guided: bool = True) -> ParallelConfig:
+    def for_ranks(cls, ranks: int, num_heads: int, *, guided: bool = True, decode: bool = False) -> ParallelConfig:
         """The best for so many ranks: guidance first, which sends least.
 
         Raises:
@@ -72,7 +74,7 @@ class ParallelConfig:
         guidance = 2 if guided and ranks % 2 == 0 else 1
         if num_heads % (ranks // guidance):
             raise ValueError(f"{ranks} ranks: {_not_divided(num_heads, ranks // guidance)}")
-        return cls(guidance=guidance, sequence=ranks // guidance)
+        return cls(guidance=guidance, sequence=ranks // guidance, decode=decode)
 
 
 def parallelize(model: CogVideoXModel, parallel: ParallelConfig | DeviceMesh | None) -> None:
@@ -90,6 +92,11 @@ def parallelize(model: CogVideoXModel, parallel: ParallelConfig | DeviceMesh | N
         return runner.use(replace(runner.slots, split=Whole()))
     heads = model.config.num_attention_heads
     if isinstance(parallel, ParallelConfig):
+        if parallel.decode:
+            raise ValueError(
+                "decode=True shares what a pipeline's VAE decodes, and this is its transformer alone: use "
+                "cogx_fast.accelerate(pipe, parallel=...)"
+            )
         guidance, sequence = parallel.guidance, parallel.sequence
     else:
         guidance, sequence = _sizes_of(parallel)
@@ -99,8 +106,9 @@ def parallelize(model: CogVideoXModel, parallel: ParallelConfig | DeviceMesh | N
         raise ValueError(_not_divided(heads, sequence))
     from cogx_fast.runtime import ranks
 
-    ranks.start()
-    job = ranks.ranks(parallel.lost_after if isinstance(parallel, ParallelConfig) else ranks.LOST_AFTER)
+    lost_after = parallel.lost_after if isinstance(parallel, ParallelConfig) else ranks.LOST_AFTER
+    ranks.start(lost_after)
+    job = ranks.ranks(lost_after)
     with job.together():
         job.agree({"mesh": f"guidance {guidance}, sequence {sequence}"})
     if guidance * sequence != job.size:
@@ -291,7 +299,7 @@ def _describe_model(model: Any) -> dict[str, str]:
     return {
         "model": hash_config(model.config),
         "dtype": str(model.dtype),
-        "weights": _digest_weights(model),
+        "weights": digest_weights(model),
         "recipe": "none" if recipe is None else f"{recipe.name} {_hash(recipe.to_toml())}",
         "step cache": _hash(repr(reuse.strategy)) if isinstance(reuse, StepCache) else "none",
         "attention plan": "none" if model.attention_plan is None else _hash(repr(model.attention_plan)),
@@ -300,7 +308,7 @@ def _describe_model(model: Any) -> dict[str, str]:
     }
 
 
-def _digest_weights(model: Any) -> str:
+def digest_weights(model: Any) -> str:
     """Of a few values of every weight, which tell another checkpoint, LoRA or seed."""
     weights = [each for each in leaves(model) if not each.is_meta and each.numel()]
     if not weights:
@@ -350,4 +358,4 @@ def _not_divided(heads: int, sequence: int) -> str:
     return f"sequence={sequence} does not divide the model's {heads} heads: use {', '.join(able)}"
 
 
-__all__ = ["ParallelConfig", "Part", "Split", "parallelize"]
+__all__ = ["ParallelConfig", "Part", "Split", "digest_weights", "parallelize"]

@@ -2,8 +2,8 @@
 
 Collectives wait. A rank that was killed, is stopped or has raised would leave the others waiting for the half hour of
 torch's time limit, and the error that ends that names no rank. So every rank writes a sign of life into the job's store
-once a second, and a thread of each reads those of the others. A rank that is lost ends the job: everywhere the same
-error says which one and why.
+once a second, and a thread of each reads those of the others; for a rank that has not joined yet its processor time is
+such a sign. A rank that is lost ends the job: everywhere the same error says which one and why.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ import json
 import multiprocessing.util
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from cogx_fast.runtime import processes
+
 LOST_AFTER = 12.0
 """Seconds without a sign of life after which a rank is lost."""
 _BEAT = 1.0
+_ABSENT_AFTER = timedelta(minutes=30)
+"""After which a rank of which nothing is known has not come: torch's own limit."""
 _GRACE = 4.0
 """Seconds in which the main thread may raise the error itself; it cannot while a collective holds it."""
 _FACTS_BYTES = 8192
@@ -43,19 +46,22 @@ class DisagreementError(ValueError):
 
 
 class Ranks:
-    """This process among the ranks of its job.
+    """This process among the ranks of its job, which need not have joined it yet.
 
     Args:
-        lost_after: seconds without a sign of life after which a rank is lost.
+        store: the job's.
+        rank: this process's number.
+        size: how many there are.
     """
 
-    def __init__(self, lost_after: float = LOST_AFTER) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._lost_after = lost_after
-        self._group: Any = dist.new_group(backend="gloo")  # of words, not of values: never on a GPU
-        store: Any = dist.distributed_c10d._get_default_store()
+    lost_after = LOST_AFTER
+    """Seconds without a sign of life after which a rank is lost."""
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self._group: Any = None
         self._store = store.clone()  # a connection of its own, which no waiting call holds
-        self._sign: dict[str, Any] = {"state": "runs", **_whoami()}
+        self._sign: dict[str, Any] = {"state": "runs", **processes.this_process()}
         self._signs: dict[int, dict[str, Any]] = {}
         self._seen: dict[int, float] = {}
         self._in_step: float | None = None
@@ -63,9 +69,29 @@ class Ranks:
         self._failed, self._raised = threading.Event(), threading.Event()
         self._is_over = False
         self._write()
-        dist.barrier(self._group)
         multiprocessing.util.Finalize(None, self._end, exitpriority=0)  # of a script, and of a spawned process
         threading.Thread(target=self._watch, name="cogx_fast ranks", daemon=True).start()
+
+    def meet(self) -> None:
+        """Wait until every rank is there.
+
+        Raises:
+            RankError: one of them is lost, or has not come.
+        """
+        deadline = time.monotonic() + _ABSENT_AFTER.total_seconds()
+        while absent := [rank for rank in range(self.size) if not self._store.check([_key(rank)])]:
+            if self._failed.wait(_BEAT / 20):
+                raise self._error()
+            if time.monotonic() > deadline:
+                raise RankError(f"of the job's {self.size} ranks {absent} have not joined for {_ABSENT_AFTER}")
+
+    def form_group(self) -> None:
+        """Have what ``agree`` speaks through. All ranks call it, once torch's process group is there."""
+        if self._group is None:
+            with self.together():
+                self.meet()
+                self._group = dist.new_group(backend="gloo")  # of words, not of values: never on a GPU
+                dist.barrier(self._group)
 
     # -- in a step ----------------------------------------------------------------------------------------------------
 
@@ -85,9 +111,9 @@ class Ranks:
             raise
         except BaseException as error:
             if _is_of_a_link(error):  # what it means is known when it is known who is gone
-                self._failed.wait(self._lost_after + 3 * _BEAT)
+                self._failed.wait(self.lost_after + 3 * _BEAT)
             if self._failed.is_set() and isinstance(error, Exception):
-                raise self._error() from error
+                raise error if isinstance(error, RankError) else self._error() from error
             self._tell(error)
             raise
         finally:
@@ -137,10 +163,16 @@ class Ranks:
         self._store.set(_key(self.rank), json.dumps(self._sign))
 
     def _read(self) -> None:
-        for rank in range(self.size):
-            if rank == self.rank:
-                continue
-            sign = json.loads(self._store.get(_key(rank)))
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        absent = [rank for rank in others if not self._store.check([_key(rank)])]
+        started = processes.of_this_job() if absent else {}
+        for rank in others:
+            if rank not in absent:
+                sign = json.loads(self._store.get(_key(rank)))
+            elif rank not in started or (not started[rank] and rank in self._signs):
+                continue  # of that one nothing is known, or what was is looked at again
+            else:
+                sign = {"state": "starts" if started[rank] else "ended", **started[rank]}
             if sign != self._signs.get(rank):
                 self._signs[rank], self._seen[rank] = sign, time.monotonic()
 
@@ -170,12 +202,13 @@ class Ranks:
                     return f"rank {rank} failed: {sign['cause']}"
                 case "ended":
                     if waits and silent > 3 * _BEAT:
-                        return f"rank {rank} has ended, and this one still waits for it in a step"
-                case _:
-                    process = _process_state(sign)
+                        return f"rank {rank} has ended, and this one still waits for it"
+                case state:
+                    process = processes.state(sign)
                     if process == "gone" and silent > 2 * _BEAT:
-                        return f"rank {rank} (process {sign['pid']}) was killed or has crashed"
-                    if silent > self._lost_after:
+                        how = "was killed or has crashed" if state == "runs" else "has ended before it joined the job"
+                        return f"rank {rank} (process {sign['pid']}) {how}"
+                    if silent > self.lost_after:
                         is_stopped = " and is stopped" if process == "T" else ""
                         where = f"process {sign['pid']} on {sign['host']}"
                         return f"rank {rank} ({where}) has given no sign of life for {silent:.0f} s{is_stopped}"
@@ -193,8 +226,9 @@ class Ranks:
         with contextlib.suppress(RuntimeError):
             self._write()
         self._failed.set()
+        time.sleep(2 * _BEAT)  # until all have read it: torchrun ends the rest when it sees one end
         for sign in self._signs.values():  # what is stopped takes no other signal, and would be left behind
-            if sign["state"] == "runs" and _process_state(sign) == "T":
+            if sign["state"] in ("starts", "runs") and processes.state(sign) == "T":
                 os.kill(sign["pid"], signal.SIGKILL)
         if self._in_step is None or not self._raised.wait(_GRACE):
             self._raised.wait(_GRACE)
@@ -215,69 +249,71 @@ class Ranks:
             self._sign |= {"state": "ended"} if is_well else {"state": "failed", "cause": _one_line(error)}
             with contextlib.suppress(RuntimeError):
                 self._write()
+        if self._sign["state"] != "ended":
+            time.sleep(3 * _BEAT)  # the others say it, too, before torchrun ends them because this one has
 
 
-def start() -> None:
+def start(lost_after: float = LOST_AFTER) -> None:
     """Join the job that torchrun started, unless the process has.
 
+    Args:
+        lost_after: seconds without a sign of life after which a rank is lost.
+
     Raises:
-        ValueError: it is part of none.
+        RankError: another rank is lost before it has joined.
+        ValueError: the process is part of no job.
     """
+    global _ranks
     if dist.is_initialized():
         return
-    if "RANK" not in os.environ:
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
         raise ValueError(
-            "parallel is given, but this process is alone: start it with torchrun --nproc-per-node N script.py (or "
-            "cogx-fast generate --nproc N), or call torch.distributed.init_process_group first"
+            f"parallel is given, but this process is alone ({missing[0]} is not set): start it with torchrun "
+            "--nproc-per-node N script.py (or cogx-fast generate --nproc N), or call "
+            "torch.distributed.init_process_group first"
         )
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
+    torch_distributed: Any = dist  # whose stores mypy does not see
+    keeper = torch_distributed.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, keeps_store,
+        timeout=_ABSENT_AFTER, wait_for_workers=False, multi_tenant=True,
+    )  # fmt: skip
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = torch_distributed.PrefixStore(attempt, keeper)
+    _ranks = Ranks(store, rank, size)
+    _ranks.lost_after = lost_after
+    with _ranks.together():
+        _ranks.meet()  # torch would wait for half an hour, and not say for whom
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 _ranks: Ranks | None = None
 
 
 def ranks(lost_after: float) -> Ranks:
-    """This process among the ranks of its job; one for all models. All ranks call it, as they make groups."""
+    """This process among the ranks of its job; one for all models. All ranks call it, as they make groups.
+
+    Args:
+        lost_after: seconds without a sign of life after which a rank is lost, from now on.
+
+    Raises:
+        RankError: one is.
+    """
     global _ranks
     if _ranks is None:
-        _ranks = Ranks(lost_after)
+        _ranks = Ranks(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size())
+    _ranks.lost_after = lost_after
+    _ranks.form_group()
     return _ranks
 
 
 def _key(rank: int) -> str:
     return f"cogx_fast/rank/{rank}"
-
-
-def _whoami() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": _host(), "started": _stat(os.getpid())[1]}
-
-
-def _host() -> str:
-    """This machine, and within it the space of process numbers."""
-    with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
-
-
-def _stat(pid: int) -> tuple[str, str]:
-    """A process's state (R, S, T, Z, …) and when it started; empty where that cannot be read."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
-
-
-def _process_state(sign: Mapping[str, Any]) -> str | None:
-    """Of a process on this machine: "gone", or its letter; None elsewhere."""
-    if sign["host"] != _host() or not sign["started"]:
-        return None
-    state, started = _stat(sign["pid"])
-    return "gone" if started != sign["started"] or state in "ZX" else state
 
 
 def _is_of_a_link(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import gate
 from benchmarks.environment import ROOT
 from benchmarks.gpu import __main__ as runner
-from benchmarks.gpu import budget, measure, models, suite, table, wheels
+from benchmarks.gpu import budget, measure, models, ranks, suite, table, wheels
 from benchmarks.gpu.cases import CACHES, MODELS, RECIPES, STEPS, Case, plan
 from benchmarks.gpu.measure import OURS, PEER
 from cogx_fast.attention.backends import BACKENDS
@@ -330,6 +330,29 @@ def test_a_session_measures_records_and_reports(ran: Ran) -> None:
     assert "measured" in run_cli(*roofline).out
     assert "./README.md" in lines[-1]
     assert table.README.read_text() == table.current(table.README)  # nothing of the CPU came into it
+
+
+def test_where_there_are_several_gpus_each_mesh_is_timed_beside_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arguments = ["--device=cpu", "--quick", "--only=^ranks$", f"--out={tmp_path}", f"--baselines={tmp_path}"]
+    assert runner.main(arguments) == 0
+    rows = gate.read(tmp_path / "cpu.csv")
+    assert {case for case, _ in rows} == {
+        gate.VERSIONS, "tiny/ranks/block/1x2", "tiny/ranks/block/2x1", "tiny/ranks/decode/2"
+    }  # fmt: skip
+    assert all(float(rows[case, "error"].value) <= ranks.LIMIT for case, metric in rows if metric == "speedup")
+    better = gate.Row("tiny/ranks/decode/2", "speedup", "99.0", "0.05")
+    text = (tmp_path / "cpu.csv").read_text().replace(str(rows["tiny/ranks/decode/2", "speedup"]), str(better))
+    (tmp_path / "cpu.csv").write_text(text)
+    capsys.readouterr()
+    assert runner.main([*arguments, "--resume"]) == 1  # judges what the first run has left
+    assert "REGRESSION: tiny/ranks/decode/2 speedup: 99.0 -> " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert runner.main(arguments) == 1
+    assert "FAILED: 2 ranks: status 1" in capsys.readouterr().out
 
 
 def test_it_goes_on_where_it_stopped(ran: Ran) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import os
+import signal
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +20,8 @@ import cogx_fast
 from cogx_fast.attention.plan import FULL, AttentionPlan
 from cogx_fast.attention.windows import Pattern
 from cogx_fast.measure import roofline
+from cogx_fast.pipelines.shared_decode import SharedTiles, plan_tiles, sent_bytes, share_decode
+from cogx_fast.runtime import ranks
 from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.parallel import ParallelConfig
@@ -57,18 +63,18 @@ def pairs() -> Iterator[ParallelConfig]:
             yield ParallelConfig(guidance=guidance, sequence=size // guidance)
 
 
-def meshes(rank: int, backend: str) -> dict[str, float]:
-    """The error of every mesh, eager and compiled, for several sizes beside one process.
+def meshes(rank: int, backend: str | None, heads: int = HEADS) -> dict[str, float]:
+    """The error of every mesh, eager and compiled (None: not), for several sizes beside one process.
 
     In a job of four only the mesh that shares both is compiled in eager code: others are in jobs of two and three.
     """
     errors: dict[str, float] = {}
-    alone = make()
+    alone = make(num_attention_heads=heads)
     for parallel in pairs():
         videos = max(2, parallel.guidance)
         expected = [generate(alone, batch=videos, **size) for size in SIZES]
         is_new = backend == "inductor" or dist.get_world_size() < 4 or 1 not in (parallel.guidance, parallel.sequence)
-        for compiled in (False, True) if is_new else (False,):
+        for compiled in (False, True) if is_new and backend is not None else (False,):
             model = copy.deepcopy(alone)
             model.set_parallel(parallel)
             if compiled:
@@ -89,7 +95,11 @@ def go_on(rank: int, fault: dict[str, Any], ready: str) -> None:
     """Steps without end; rank 1 is given something else, or raises, as ``fault`` says."""
     mine = fault if rank == 1 else {}
     model = make()
+    if mine.get("hangs") == "in its own code":
+        os.execvp("sleep", ["sleep", "25"])
     model.set_parallel(ParallelConfig(sequence=dist.get_world_size(), lost_after=4.0))
+    if mine.get("hangs") == "before its first step":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if mine.get("raises") == "in a step":
         model.transformer_blocks[1].register_forward_hook(_raise)
     for number in range(10_000):
@@ -100,6 +110,13 @@ def go_on(rank: int, fault: dict[str, Any], ready: str) -> None:
             raise ValueError("the disk is full")
         if number == 4 and mine.get("raises") == "ends":
             return
+
+
+def join(rank: int, command: str) -> None:
+    """Join a job of which rank 1 is a shell's command, which does not."""
+    if rank == 1:
+        os.execvp("sh", ["sh", "-c", command])
+    ranks.start(lost_after=4.0)
 
 
 def _raise(*_: Any) -> None:
@@ -171,6 +188,59 @@ def sent(rank: int) -> list[tuple[int, int]]:
     return found
 
 
+def decode(rank: int) -> list[dict[str, Any]]:
+    """Videos of several sizes decoded by the ranks' tiles, beside one process' tiled decode; and what was sent."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    from cogx_fast.assets.recipe import VAE_CONFIG
+
+    torch.manual_seed(0)
+    pipe = SimpleNamespace(vae=AutoencoderKLCogVideoX(**VAE_CONFIG).eval())
+    pipe.vae.enable_tiling(32, 48)
+    found = []
+    for frames, height, width in ((3, 7, 13), (2, 4, 11), (1, 3, 7), (1, 3, 5)):
+        z = torch.randn(2, VAE_CONFIG["latent_channels"], frames, height, width)
+        with torch.no_grad(), Sent() as sent:
+            share_decode(pipe, None)
+            alone = pipe.vae.decode(z).sample
+            share_decode(pipe, ParallelConfig(decode=True))
+            shared = pipe.vae.decode(z).sample
+        tiles = plan_tiles(pipe.vae, z.shape, dist.get_world_size())
+        is_tiled = height > 4 or width > 6
+        expected = sent_bytes(tiles, dist.get_world_size(), 4) if is_tiled else 0
+        found.append({"equal": torch.equal(alone, shared), "sent": sent.bytes, "expected": expected})
+    return found
+
+
+def memory(rank: int, weights: list[str], ranks: tuple[int, ...]) -> dict[tuple[str, int], dict[str, int]]:
+    """Bytes of host memory that a model takes in a rank when the first so many ranks have loaded it and read all of it.
+
+    "own" is the rank's alone; "file" its part of what is mapped, each page shared by those that have it (Linux's PSS).
+    """
+
+    def held() -> dict[str, int]:
+        with open("/proc/self/smaps_rollup") as file:
+            lines = [line.split() for line in file.readlines()[1:]]
+        return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines}
+
+    found = {}
+    for directory, sharing in itertools.product(weights, ranks):
+        before = held()
+        dist.barrier()
+        if rank < sharing:
+            model = cogx_fast.load(directory)
+            for tensor in model.state_dict().values():
+                tensor.view(-1).view(torch.uint8).max()
+        dist.barrier()
+        after = held()
+        dist.barrier()
+        if rank < sharing:
+            own, file = (after[name] - before[name] for name in ("Pss_Anon", "Pss_File"))
+            found[directory, sharing] = {"own": own, "file": file}
+            del model, tensor
+    return found
+
+
 def compositions(rank: int) -> dict[str, float]:
     """The error of what goes together, in a mesh of two by two, beside one process."""
     few = AttentionPlan(
@@ -235,6 +305,13 @@ def refusals(rank: int) -> dict[str, str]:
         "call the model under torch.no_grad()": said(lambda: shared(**inputs(shared.config))),
         "guidance=2 shares a batch of 1": said(lambda: generate(guided, batch=1)),
         "needs another code of the blocks": said(lambda: packaged.set_parallel(ParallelConfig(sequence=2))),
+        "this is its transformer alone": said(lambda: make().set_parallel(ParallelConfig(sequence=2, decode=True))),
+        "that of SimpleNamespace has none (NoneType)": said(
+            lambda: cogx_fast.accelerate(
+                SimpleNamespace(transformer=make()), parallel=ParallelConfig(sequence=2, decode=True)
+            )
+        ),
+        "decode under torch.no_grad()": said(lambda: SharedTiles(None, 4.0)(torch.zeros(1))),
         "dimensions are named ('rows',)": said(
             lambda: make().set_parallel(init_device_mesh("cpu", (2,), mesh_dim_names=("rows",)))
         ),

@@ -18,7 +18,17 @@ FAULTS: dict[str, tuple[dict[str, Any], int | None, str]] = {
     "stopped": ({}, signal.SIGSTOP, r"rank 1 (process {pid}"),
     "raises in a step": ({"raises": "in a step"}, None, "rank 1 failed: ValueError: a hook failed"),
     "raises between steps": ({"raises": "between steps"}, None, "rank 1 failed: ValueError: the disk is full"),
-    "ends too early": ({"raises": "ends"}, None, "rank 1 has ended, and this one still waits for it in a step"),
+    "ends too early": ({"raises": "ends"}, None, "rank 1 has ended, and this one still waits for it"),
+    "stopped before its first step": ({"hangs": "before its first step"}, None, "s and is stopped"),
+    "hangs before it takes part": ({"hangs": "in its own code"}, None, "has given no sign of life for 4 s"),
+}
+BEFORE_JOINING = {
+    "stopped": ("kill -STOP $$", "has given no sign of life for 4 s and is stopped"),
+    "hangs": ("exec sleep 25", "has given no sign of life for 4 s"),
+    "killed, and was only slow before": (
+        "end=$(($(date +%s) + 10)); while [ $(date +%s) -lt $end ]; do sleep 0.1; done; kill -KILL $$",
+        "has ended before it joined the job",
+    ),
 }
 
 
@@ -43,6 +53,22 @@ def test_the_loss_of_a_rank_ends_the_job_and_is_named_on_every_other(name: str, 
         assert ended[rank].status == 1, ended[rank]
         assert expected.format(pid=pid) in ended[rank].text
     assert ended[1].status is not None, "a process is left"
+
+
+def test_a_rank_that_does_not_join_ends_the_job_and_is_named_on_every_other(tmp_path: Path) -> None:
+    worlds_by_name = {}
+    for name, (command, _) in BEFORE_JOINING.items():
+        (tmp_path / name).mkdir()
+        worlds_by_name[name] = worlds.World(f"{SHARED}:join", 3, tmp_path / name, joined=False, command=command)
+    began = time.monotonic()
+    for name, world in worlds_by_name.items():
+        ended = world.wait(28)
+        assert time.monotonic() - began < 30
+        for rank in (0, 2):
+            assert ended[rank].status == 1, (name, ended)
+            assert f"RankError: rank 1 (process {world.processes[1].pid}" in ended[rank].text, (name, ended)
+            assert BEFORE_JOINING[name][1] in ended[rank].text, (name, ended)
+        assert ended[1].status is not None, f"{name}: a process is left"
 
 
 def test_what_differs_is_named_on_every_rank_and_the_job_may_go_on(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import cogx_fast
+from tests import worlds
 from tests.support import small
 from tests.weights.support import save_upstream
 
@@ -99,6 +101,27 @@ def test_peak_of_quantized_weights_is_theirs_and_little_more(measured):
     found = measured["int8"]
     assert 1e8 < found["size"] < 1.25e8
     assert found["peak"] <= 1.1 * found["size"] + 15e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="what is shared is read from Linux's /proc")
+def test_ranks_that_load_the_same_files_share_all_but_what_is_stored_in_pieces(checkpoint, tmp_path):
+    """Queries, keys and values, and every layer's modulation, are one tensor here and several in diffusers' files."""
+    model = cogx_fast.load(checkpoint)
+    model.save_pretrained(tmp_path / "ours")
+    sizes = {name: tensor.nbytes for name, tensor in model.named_parameters()}
+    joined = sum(size for name, size in sizes.items() if "to_qkv" in name or name.startswith("modulation."))
+    total = sum(sizes.values())
+    assert 0.4 * total < joined < 0.6 * total
+    del model
+    copied = {str(checkpoint): joined, str(tmp_path / "ours"): 0}
+    of_ranks = worlds.results(
+        "tests.runtime.shared_steps:memory", 4, tmp_path, seconds=280, weights=list(copied), ranks=(2, 4)
+    )
+    for (directory, least), sharing in itertools.product(copied.items(), (2, 4)):
+        found = [each[directory, sharing] for each in of_ranks if (directory, sharing) in each]
+        assert len(found) == sharing
+        assert all(abs(each["own"] - least) < 0.1 * total for each in found), found
+        assert abs(sum(each["file"] for each in found) - (total - least)) < 0.1 * total, found
 
 
 def test_nothing_is_allocated_before_the_checks_have_passed(checkpoint, monkeypatch):
