@@ -67,7 +67,19 @@ def estimate(pipe: Any, tokens: Tokens, size: VideoSize, *, batch: int = 2) -> N
         batch: videos in a step; guidance makes two of one.
     """
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    transformer, vae = pipe.transformer, pipe.vae
+    transformer = pipe.transformer
+    whole, tiled = decode_bytes(pipe.vae, size)
+    return Needs(
+        weights={name: stored_bytes(part) for name, part in parts.items()},
+        streamed=_streamed_bytes(transformer) if isinstance(transformer, CogVideoXTransformer) else None,
+        step=step_bytes(transformer, tokens, batch=batch),
+        decode=whole,
+        tiled_decode=tiled,
+    )
+
+
+def decode_bytes(vae: Any, size: VideoSize) -> tuple[int, int]:
+    """What decoding a video needs beside the VAE's weights: at once, and by tiles."""
 
     def decode(height: int, width: int) -> int:
         return decode_peak(vae.config, height, width, dtype=vae.dtype)
@@ -75,13 +87,7 @@ def estimate(pipe: Any, tokens: Tokens, size: VideoSize, *, batch: int = 2) -> N
     whole = decode(size.height, size.width)
     tile = decode(min(size.height, vae.tile_sample_min_height), min(size.width, vae.tile_sample_min_width))
     video = 4 * size.frames * size.height * size.width * vae.dtype.itemsize  # three colours, and what joins tiles
-    return Needs(
-        weights={name: stored_bytes(part) for name, part in parts.items()},
-        streamed=_streamed_bytes(transformer) if isinstance(transformer, CogVideoXTransformer) else None,
-        step=step_bytes(transformer, tokens, batch=batch),
-        decode=whole,
-        tiled_decode=min(whole, tile + video),
-    )
+    return whole, min(whole, tile + video)
 
 
 def _streamed_bytes(transformer: Any) -> int | None:
@@ -260,6 +266,6 @@ def gib(size: int) -> str:
 
 
 __all__ = [
-    "OFFLOADS", "SPARE", "WORDS", "Needs", "Offload", "choose", "estimate", "gib", "phases", "place", "released",
-    "step_bytes", "stored_bytes", "unpacked_bytes",
+    "OFFLOADS", "SPARE", "WORDS", "Needs", "Offload", "choose", "decode_bytes", "estimate", "gib", "phases", "place",
+    "released", "step_bytes", "stored_bytes", "unpacked_bytes",
 ]  # fmt: skip
