@@ -112,7 +112,7 @@ def load(
             read). Of a live model the merged weights are copies; its own stay as they are.
         offload: "blocks" keeps the blocks' weights in host memory and copies each to the device while the one before
             it computes (``runtime.streaming``): the device holds two blocks of them and the rest of the model. For
-            inference; not with ``scope="model"``, CUDA graphs or packages. ``model.to(device)`` says where it computes.
+            inference; not with ``scope="model"`` or CUDA graphs. ``model.to(device)`` says where it computes.
         schedule: bake the conditioning (``runtime.baked``): True, a diffusers scheduler, or timesteps as numbers. The
             modulation's weights (a seventh of 5b) stay in host memory; a table of the timesteps that a pipeline's
             scheduler has is made of them as they change. For inference.
@@ -226,6 +226,7 @@ def load_package(
     weights: str | os.PathLike[str] | nn.Module,
     *,
     device: torch.device | str | int | None = None,
+    offload: str | None = None,
     for_pipelines: bool | None = None,
 ) -> CogVideoXModel:
     """A model that runs a package's compiled code, with weights of your choice and no compiler.
@@ -238,6 +239,7 @@ def load_package(
         weights: a checkpoint of the package's configuration, or a live model; anything that ``load`` takes. They are
             quantized with the package's recipe, if it has one.
         device: the device to run on; None is the first of the package's kind.
+        offload: as of ``load``.
         for_pipelines: build the class that diffusers' ``from_pretrained`` takes, which imports diffusers; None: if
             diffusers has been imported already. Otherwise it is a plain module, called the same way.
 
@@ -250,6 +252,7 @@ def load_package(
     """
     from cogx_fast.runtime.package import Package
 
+    check_offload(offload, compile=False)
     package = Package.read(path, device)
     model = load_weights(
         weights,
@@ -259,6 +262,7 @@ def load_package(
         dtype=package.manifest["dtype"],
         device=package.device,
         quant=package.recipe,
+        offload=offload is not None,
     )
     package.run(model)
     return model

@@ -124,7 +124,7 @@ BELOW = {
 FOUNDATION = {*BELOW} - {"video"}
 ABOVE = {
     "measure": FOUNDATION,
-    "pipelines": FOUNDATION | {"video"},
+    "pipelines": FOUNDATION | {"video", "measure"},
     "tune": FOUNDATION | {"video", "measure", "pipelines"},
     "cli": FOUNDATION | {"video", "measure", "pipelines", "tune"},
     "__init__": {"config", "loading", "pipelines", "runtime", "version", "weights"},

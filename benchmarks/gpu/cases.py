@@ -22,6 +22,10 @@ STEPS = 24
 """Of a loop with one."""
 PEERS = ("eager", "fp8-row", "int8-dynamic")
 """diffusers in other ways than the one that everything is compared with: the two recipes are torchao's own."""
+DECODES = ("whole", "tiled")
+"""How the VAE decodes."""
+LAYOUTS = ("none", "model", "blocks")
+"""Of a pipeline, by their names (``pipelines.memory.OFFLOADS``); with streamed blocks the VAE decodes by tiles."""
 BATCH = 2
 FLEX_OPTIONS: dict[str, dict[str, int | bool]] = {
     "default": {},
@@ -33,7 +37,9 @@ FLEX_OPTIONS: dict[str, dict[str, int | bool]] = {
 """Of flex-attention's template, those that do not spill (NOTES.md)."""
 
 
-Part = Literal["block", "step", "attention", "loop"]
+Part = Literal["block", "step", "attention", "loop", "decode", "call"]
+HELD: tuple[Part, ...] = ("decode", "call")
+"""Parts of which it is counted what they hold, and no peer is timed beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +48,12 @@ class Case:
 
     model: str
     part: Part
-    """A model of one layer, the whole model, attention alone, or the one layer in a loop of ``STEPS``."""
+    """A model of one layer, the whole model, attention alone, or the one layer in a loop of ``STEPS``; decoding a
+    video, or a call of the whole pipeline."""
     owner: Literal["ours", "diffusers"] = "ours"
     recipe: str = "bf16"
     """One of ``RECIPES``, or of ``PEERS``; of attention alone a backend, or "flex" and one of ``FLEX_OPTIONS``; of a
-    loop one of ``CACHES``."""
+    loop one of ``CACHES``, of decoding one of ``DECODES``, of a call one of ``LAYOUTS``."""
     scope: Literal["block", "model"] = "block"
     """What is compiled of ours."""
 
@@ -57,9 +64,9 @@ class Case:
 
     @property
     def config(self) -> TransformerConfig:
-        """The model's configuration, with one layer unless a whole step is timed."""
+        """The model's configuration, with one layer unless a whole step is run."""
         config = PRESETS[self.model]
-        return config if self.part == "step" else dataclasses.replace(config, num_layers=1)
+        return config if self.part in ("step", *HELD) else dataclasses.replace(config, num_layers=1)
 
     @property
     def tokens(self) -> Tokens:
@@ -69,7 +76,7 @@ class Case:
     @property
     def quant(self) -> str | None:
         """The recipe of ours, if it is a quantized one."""
-        return self.recipe if self.recipe not in ("bf16", SPARSE, *CACHES) else None
+        return self.recipe if self.recipe not in ("bf16", SPARSE, *CACHES, *DECODES, *LAYOUTS) else None
 
     @property
     def kept(self) -> float:
@@ -80,18 +87,20 @@ class Case:
 
 
 def plan(*, quick: bool = False) -> list[Case]:
-    """Every case: attention of the first model, which compiles least, its blocks and steps, then the other models'."""
+    """Every case: attention of the first model, which compiles least, its blocks, peaks and steps, then the others'."""
     models = (QUICK_MODEL,) if quick else MODELS
     first, *rest = models
-    groups: list[tuple[str, Part]] = [(first, "attention"), (first, "block"), (first, "loop"), (first, "step")]
+    parts: list[Part] = ["attention", "block", "decode", "call", "loop", "step"]
+    groups: list[tuple[str, Part]] = [(first, part) for part in parts]
     groups += [*((model, "block") for model in rest), *((model, "step") for model in rest)]
-    groups += [(model, "attention") for model in rest if model == "1.5-5b"]
+    groups += [("1.5-5b", part) for part in ("attention", *HELD) if "1.5-5b" in rest]
     return [case for model, part in groups for case in _group(model, part)]
 
 
 def _group(model: str, part: Part) -> list[Case]:
-    if part == "loop":
-        return [Case(model=model, part=part, recipe=cache) for cache in CACHES]
+    named: dict[Part, tuple[str, ...]] = {"loop": CACHES, "decode": DECODES, "call": LAYOUTS}
+    if part in named:
+        return [Case(model=model, part=part, recipe=recipe) for recipe in named[part]]
     if part == "attention":
         kernels = [*BACKENDS, *(f"flex {options}" for options in FLEX_OPTIONS)]
         kernels.sort(key=lambda name: name == "sdpa-math")  # holds every score in memory: last, where it may fail

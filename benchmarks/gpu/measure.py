@@ -135,40 +135,43 @@ def traffic(step: Callable[[], Tensor], device: torch.device) -> Traffic:
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"
-    peak = 0
-    if cuda:
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        peak = torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])],
-                 profile_memory=not cuda) as profiler:  # fmt: skip
+    peak = peak_bytes(step, device)
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
         step()
         if cuda:
             torch.cuda.synchronize(device)
     launches, kinds, kernels = 0, dict.fromkeys([*KINDS, "other"], 0.0), dict[str, float]()
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if event.key != "[memory]" and (event.device_type == torch.autograd.DeviceType.CUDA) == cuda:
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == cuda:
             launches += event.count
             kinds[kind_of(event.key)] += microseconds / 1e6
             kernels[event.key] = microseconds / 1e6
     longest = sorted(kernels, key=lambda name: -kernels[name])[:LONGEST]
-    return Traffic(peak_bytes=peak if cuda else _peak(profiler), launches=launches or None, kinds=kinds,
+    return Traffic(peak_bytes=peak, launches=launches or None, kinds=kinds,
                    kernels={name: kernels[name] for name in longest})  # fmt: skip
 
 
-def kind_of(name: str) -> str:
-    """The kind of a kernel of that name."""
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes held at once above what was held before, by torch's allocator; on the CPU by its profiler."""
+    from torch.profiler import ProfilerActivity, profile
 
-
-def _peak(profiler: Any) -> int:
-    """The most bytes held at once of those that were allocated while the profiler watched, on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
     held = most = 0
     events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def kind_of(name: str) -> str:
+    """The kind of a kernel of that name."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")

@@ -9,12 +9,13 @@ from typing import Any
 
 from benchmarks import drawing
 from benchmarks.gpu import budget
-from benchmarks.gpu.cases import QUICK_MODEL, Case
+from benchmarks.gpu.cases import HELD, QUICK_MODEL, Case
 from benchmarks.gpu.measure import UNITS
 from cogx_fast.measure.timing import Interval
 from cogx_fast.terminal import table
 
 HEADER = ("case", "ms", "diffusers, ms", "ratio", "% ceilings", "peak, GiB", "launches", "first call, s", "error")
+HELD_HEADER = ("case", "peak, GiB", "predicted, GiB", "first call, s")
 
 
 def write(ledger: Path, chosen: Sequence[Case], out: Path) -> list[str]:
@@ -35,9 +36,12 @@ def write(ledger: Path, chosen: Sequence[Case], out: Path) -> list[str]:
     ceilings, here = last["ceilings"], last["environment"]
     (out / "ceilings.json").write_text(json.dumps(ceilings) + "\n")
     toy = " — TOY SIZES, THE TIMES MEAN NOTHING" if any(case.model == QUICK_MODEL for case in chosen) else ""
+    timed = [(case, each) for case, each in found if case.part not in HELD]
+    held = [(case, each) for case, each in found if case.part in HELD]
     bars = [(str(case), Interval(median=ratio, low=ratio, high=ratio), "ours" if case.owner == "ours" else "peer")
-            for case, each in found for ratio in [each["metrics"]["ratio"]]]  # fmt: skip
-    report += ["", table(HEADER, [_row(case, each) for case, each in found]), ""]
+            for case, each in timed for ratio in [each["metrics"]["ratio"]]]  # fmt: skip
+    report += ["", table(HEADER, [_row(case, each) for case, each in timed]), ""] if timed else []
+    report += ["", table(HELD_HEADER, [_held_row(case, each) for case, each in held]), ""] if held else []
     report += [f"told: {told}" for _, each in found for told in each["told"]]
     report += [
         "ceilings measured here: "
@@ -46,8 +50,10 @@ def write(ledger: Path, chosen: Sequence[Case], out: Path) -> list[str]:
         f"{str(here['commit'])[:9]}{' (changed)' if here['dirty'] else ''}{toy}",
         "ratio: to diffusers compiled (attention alone: to SDPA), in turns. % ceilings: the least time by these",
         "ceilings in % of the time. peak: above weights. error: relative, of one layer, against fp32.",
-        drawing.ratios(out / "ratios.png", bars, title=here["device"] + toy, label="time, diffusers compiled = 1"),
     ]
+    if bars:
+        label = "time, diffusers compiled = 1"
+        report.append(drawing.ratios(out / "ratios.png", bars, title=here["device"] + toy, label=label))
     return report
 
 
@@ -72,3 +78,8 @@ def _row(case: Case, found: Mapping[str, Any]) -> tuple[str, ...]:
         f"{notes['first_call']:.1f}",
         f"{notes['error']:.1e}",
     )
+
+
+def _held_row(case: Case, found: Mapping[str, Any]) -> tuple[str, ...]:
+    sizes = (found["metrics"]["peak_mib"], found["notes"]["predicted_mib"])
+    return str(case), *(f"{size / 1024:.2f}" for size in sizes), f"{found['notes']['seconds']:.1f}"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from cogx_fast.cli.arguments import add_command, add_size, count
 from cogx_fast.config import HUB_IDS, PRESETS, TransformerConfig
 from cogx_fast.measure import costs
+from cogx_fast.measure.devices import DEVICES, get_device
+from cogx_fast.pipelines.budget import LINK, STEPS, Clock, by_recipe, choose_plan
 from cogx_fast.pipelines.locate import Model, locate, read_stored_weights
+from cogx_fast.pipelines.memory import estimate, released
 from cogx_fast.sizes import VideoSize, choose_video, count_tokens
 from cogx_fast.terminal import Progress, scaled, table
 
@@ -35,6 +39,9 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--memory", action="store_true", help=f"also how its pipeline fits cards of {', '.join(map(str, CARDS))} GB"
     )
+    command.add_argument(
+        "--device", choices=DEVICES, help="with --memory: the time predicted on that GPU, had it so much memory"
+    )
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
@@ -44,27 +51,26 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         model, frames=arguments.frames, height=arguments.height, width=arguments.width, batch=arguments.batch
     )
     if arguments.memory:
-        facts["cards"] = describe_cards(model.config, facts["video"], model.spatial_factor)
+        facts["device"] = arguments.device
+        facts["cards"] = describe_cards(model.config, facts["video"], model.spatial_factor, arguments.device)
     return facts, render(facts)
 
 
-def describe_cards(config: TransformerConfig, video: dict[str, int], spatial_factor: int) -> list[dict[str, Any]]:
-    """How a released pipeline in bf16 is laid out on cards of some sizes, with its predicted peaks."""
-    from cogx_fast.pipelines.memory import SPARE, choose_within, estimate, phases, released
-
+def describe_cards(
+    config: TransformerConfig, video: dict[str, int], spatial_factor: int, device: str | None = None
+) -> list[dict[str, Any]]:
+    """How a released pipeline in bf16 is laid out on cards of some sizes, with its predicted peaks, and times."""
     size = VideoSize(frames=video["frames"], height=video["height"], width=video["width"])
-    pipe = released(config)
-    needs = estimate(pipe, count_tokens(config, size, spatial_factor=spatial_factor), size, batch=video["batch"])
+    pipe, tokens = released(config), count_tokens(config, size, spatial_factor=spatial_factor)
+    needs = by_recipe(estimate(pipe, tokens, size, batch=video["batch"]), pipe.transformer)
+    clock = None
+    if device is not None:
+        clock = Clock(device=get_device(device), config=config, tokens=tokens, batch=video["batch"])
     cards = []
     for gigabytes in CARDS:
-        chosen, needed, is_small = choose_within(needs, pipe.text_encoder, gigabytes * 10**9)
-        peaks = phases(needed, chosen.kind, chosen.vae_tiling) if chosen.kind != "sequential" else {}
-        cards.append(
-            {
-                "gigabytes": gigabytes, "layout": chosen.kind, "vae_tiling": chosen.vae_tiling, "text_int8": is_small,
-                "peak_bytes": {phase: peak + SPARE for phase, peak in peaks.items()},
-            }
-        )  # fmt: skip
+        plan = choose_plan(needs, pipe.text_encoder, gigabytes * 10**9, clock)
+        facts = None if plan is None else dataclasses.asdict(plan) | {"seconds": plan.seconds}
+        cards.append({"gigabytes": gigabytes, "plan": facts})
     return cards
 
 
@@ -144,18 +150,28 @@ def render(facts: dict[str, Any]) -> str:
         ),
     ]
     if "cards" in facts:
-        sections.append(_cards_table(facts["cards"]))
+        sections.append(_cards_table(facts["cards"], facts["device"]))
     return "\n\n".join(sections)
 
 
-def _cards_table(cards: list[dict[str, Any]]) -> str:
-    rows = []
+def _cards_table(cards: list[dict[str, Any]], device: str | None) -> str:
+    rows: list[tuple[str, ...]] = []
     for card in cards:
-        peaks = [scaled(peak, "B") for peak in card["peak_bytes"].values()] or ["–"] * 3
-        words = [card["layout"]] + ["VAE tiled"] * card["vae_tiling"] + ["T5 int8"] * card["text_int8"]
-        rows.append((f"{card['gigabytes']} GB", ", ".join(words), *peaks))
+        plan = card["plan"]
+        if plan is None:
+            rows.append((f"{card['gigabytes']} GB", "does not fit", "–", "–", "–", "–"))
+            continue
+        words = [plan["kind"], *filter(None, [plan["recipe"]])]
+        words += ["VAE tiled"] * plan["vae_tiling"] + ["T5 int8"] * plan["text_int8"]
+        peaks = [scaled(peak, "B") for peak in plan["peaks"].values()]
+        times = "–" if plan["seconds"] is None else f"{plan['step_seconds']:.2f} s, {plan['seconds']:.0f} s"
+        rows.append((f"{card['gigabytes']} GB", ", ".join(words), *peaks, times))
     note = "Predicted peaks of the whole pipeline in bf16, 1 GiB of each for CUDA and its libraries (docs/memory.md)."
-    return f"{table(('card', 'offload', 'text', 'denoise', 'decode'), rows)}\n{note}"
+    if device is not None:
+        note += (
+            f"\nTimes of a step, and of {STEPS} with copies over {LINK}: what the ceilings of {device} allow at best."
+        )
+    return f"{table(('card', 'layout', 'text', 'denoise', 'decode', 'at least'), rows)}\n{note}"
 
 
 def _title(facts: dict[str, Any]) -> str:

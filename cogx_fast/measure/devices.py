@@ -231,4 +231,9 @@ def get_device(name: str) -> Device:
     return DEVICES[name]
 
 
-__all__ = ["DEVICES", "GIGA", "PCIE_SHARE", "PCIE_X16", "TERA", "Device", "get_device"]
+def find_device(name: str) -> Device | None:
+    """The device that ``torch.cuda.get_device_name`` calls so, if it is described."""
+    return next((device for device in DEVICES.values() if device.name == name), None)
+
+
+__all__ = ["DEVICES", "GIGA", "PCIE_SHARE", "PCIE_X16", "TERA", "Device", "find_device", "get_device"]

@@ -11,7 +11,7 @@ from torch import nn
 
 from cogx_fast.config import UPSTREAM_CLASS
 from cogx_fast.loading import load, read_dtype
-from cogx_fast.pipelines.memory import BudgetError, fit, read_memory, refuse_impossible
+from cogx_fast.pipelines.budget import BudgetError, fit, foresee, read_memory
 from cogx_fast.pipelines.placement import Placement
 from cogx_fast.pipelines.shared_decode import check_decode, share_decode, without_decode
 from cogx_fast.runtime.step_cache import StepCache
@@ -30,14 +30,15 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
     refers to it (a variable, another pipeline), hooks of accelerate are on it, or ``keep_source=True``. Where
     accelerate placed or offloaded it (``device_map``, ``enable_model_cpu_offload``, ``enable_sequential_cpu_offload``),
     this one is placed in the same way. Adapters must be merged (``pipe.fuse_lora()``). After an error the pipeline is
-    as it was, but for a budget that only a smaller recipe than the given one would keep: that is found afterwards.
+    as it was, but for a budget that only a smaller recipe than the given file's would keep: that is found afterwards.
 
     Args:
         pipe: a ``CogVideoXPipeline``, ``…ImageToVideoPipeline``, ``…VideoToVideoPipeline`` or
             ``CogVideoXFunControlPipeline``; changed in place.
-        memory: a budget of the GPU's memory, e.g. "12GB": the fastest layout that keeps to it is chosen, at the model's
-            own video size, and said on stderr with the peak predicted for each phase (``pipelines.memory.fit``). Of a
-            pipeline without offload.
+        memory: a budget of the GPU's memory, e.g. "12GB". What keeps to it at the model's own video size is chosen
+            (which parts are on the GPU when, streamed blocks and a baked schedule, VAE tiling, the text encoder in
+            int8, a recipe where ``quant`` is not given) and said on stderr, with the peak predicted for each phase and
+            the time (``pipelines.budget``). Of a pipeline without offload.
         **options: as for ``cogx_fast.load``: ``dtype``, ``device``, ``attention``, ``attention_plan``, ``step_cache``,
             ``parallel``, ``compile``, ``compile_cache``, ``quant``, ``loras``, ``offload``, ``schedule``,
             ``keep_source``, ``check_finite``.
@@ -66,12 +67,13 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
         placement.refuse_layers(f"offload={options['offload']!r} streams the blocks itself")
     if memory is not None:
         placement.refuse_layers("memory=... lays it out itself")
-        refuse_impossible(
-            pipe, memory,
+        recipe = foresee(
+            pipe, memory, torch.cuda.get_device_name(),
             dtype=None if options.get("dtype") is None else read_dtype(options["dtype"]),
-            quantized=options.get("quant") is not None,
             streams=getattr(options.get("compile"), "scope", "block") == "block",
+            is_open="quant" not in options, quant=options.get("quant"),
         )  # fmt: skip
+        options.setdefault("quant", recipe)
     options.setdefault("keep_source", is_shared or placement.has_hooks)
     parallel = options.get("parallel")
     check_decode(pipe, parallel)

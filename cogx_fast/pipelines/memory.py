@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +14,7 @@ from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.pipelines.peaks import decode_peak, step_peak
 from cogx_fast.runtime.streaming import SLOTS, stream_blocks
 from cogx_fast.runtime.symbols import quantizes_activations
-from cogx_fast.sizes import Tokens, VideoSize, count_tokens, default_video
+from cogx_fast.sizes import Tokens, VideoSize
 
 OFFLOADS = ("none", "model", "blocks", "sequential")
 """Everything on the GPU; each part while it computes; the same with the transformer's blocks streamed and its schedule
@@ -69,7 +67,19 @@ def estimate(pipe: Any, tokens: Tokens, size: VideoSize, *, batch: int = 2) -> N
         batch: videos in a step; guidance makes two of one.
     """
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    transformer, vae = pipe.transformer, pipe.vae
+    transformer = pipe.transformer
+    whole, tiled = decode_bytes(pipe.vae, size)
+    return Needs(
+        weights={name: stored_bytes(part) for name, part in parts.items()},
+        streamed=_streamed_bytes(transformer) if isinstance(transformer, CogVideoXTransformer) else None,
+        step=step_bytes(transformer, tokens, batch=batch),
+        decode=whole,
+        tiled_decode=tiled,
+    )
+
+
+def decode_bytes(vae: Any, size: VideoSize) -> tuple[int, int]:
+    """What decoding a video needs beside the VAE's weights: at once, and by tiles."""
 
     def decode(height: int, width: int) -> int:
         return decode_peak(vae.config, height, width, dtype=vae.dtype)
@@ -77,13 +87,7 @@ def estimate(pipe: Any, tokens: Tokens, size: VideoSize, *, batch: int = 2) -> N
     whole = decode(size.height, size.width)
     tile = decode(min(size.height, vae.tile_sample_min_height), min(size.width, vae.tile_sample_min_width))
     video = 4 * size.frames * size.height * size.width * vae.dtype.itemsize  # three colours, and what joins tiles
-    return Needs(
-        weights={name: _bytes(part) for name, part in parts.items()},
-        streamed=_streamed_bytes(transformer) if isinstance(transformer, CogVideoXTransformer) else None,
-        step=step_bytes(transformer, tokens, batch=batch),
-        decode=whole,
-        tiled_decode=min(whole, tile + video),
-    )
+    return whole, min(whole, tile + video)
 
 
 def _streamed_bytes(transformer: Any) -> int | None:
@@ -91,8 +95,9 @@ def _streamed_bytes(transformer: Any) -> int | None:
     compilation = transformer.runner.compilation
     if transformer.runner.package is not None or (compilation and compilation.config.scope == "model"):
         return None
-    largest = max(map(_bytes, transformer.transformer_blocks))
-    around = _bytes(transformer) - sum(map(_bytes, transformer.transformer_blocks)) - _bytes(transformer.modulation)
+    largest = max(map(stored_bytes, transformer.transformer_blocks))
+    blocks = sum(map(stored_bytes, transformer.transformer_blocks))
+    around = stored_bytes(transformer) - blocks - stored_bytes(transformer.modulation)
     table = _STEPS * transformer.modulation.linear.out_features * transformer.dtype.itemsize
     return SLOTS * largest + around + table
 
@@ -132,8 +137,13 @@ def step_bytes(transformer: Any, tokens: Tokens, *, batch: int = 2) -> int:
     is_eager = is_ours and transformer.runner.compilation is None and transformer.runner.package is None
     if is_eager and quantizes_activations(transformer):
         return int(_QUANTIZING_STREAMS * batch * tokens.joint * config.inner_dim * transformer.dtype.itemsize)
-    largest = max(each.weight.numel() for each in _linears(transformer.transformer_blocks))
-    return needed + 2 * largest * transformer.dtype.itemsize  # one is brought back to 16 bits before its product
+    linears = [each for each in transformer.transformer_blocks.modules() if isinstance(each, torch.nn.Linear)]
+    return needed + unpacked_bytes(max(each.weight.numel() for each in linears), transformer.dtype)
+
+
+def unpacked_bytes(numel: int, dtype: torch.dtype) -> int:
+    """What an eager step holds of one weight that is brought back to its dtype before its product."""
+    return 2 * numel * dtype.itemsize
 
 
 def choose(needs: Needs, free: int, *, kind: str | None = None, vae_tiling: bool | None = None) -> Offload:
@@ -159,16 +169,16 @@ def choose(needs: Needs, free: int, *, kind: str | None = None, vae_tiling: bool
         chosen, tiled = fitting[0]
     else:
         chosen, tiled = kind or "sequential", tilings[-1]
-    held = f"weights {_gib(at_once)} (the largest part {_gib(largest)}), a step {_gib(needs.step)}"
-    decoding = f"decoding {_gib(needs.decode)} ({_gib(needs.tiled_decode)} tiled), the VAE {_gib(vae)}"
+    held = f"weights {gib(at_once)} (the largest part {gib(largest)}), a step {gib(needs.step)}"
+    decoding = f"decoding {gib(needs.decode)} ({gib(needs.tiled_decode)} tiled), the VAE {gib(vae)}"
     asked = " as asked for" if kind is not None else ""
     return Offload(
         kind=chosen, vae_tiling=tiled,
-        reason=f"{_WORDS[chosen]}{', VAE tiled' if tiled else ''}{asked}: {_gib(free)} are free; {held}, {decoding}",
+        reason=f"{WORDS[chosen]}{', VAE tiled' if tiled else ''}{asked}: {gib(free)} are free; {held}, {decoding}",
     )  # fmt: skip
 
 
-_WORDS = {
+WORDS = {
     "none": "the whole pipeline on the GPU",
     "model": "each part on the GPU while it computes (model offload)",
     "blocks": "each part on the GPU while it computes, the transformer's blocks streamed and its schedule baked",
@@ -207,7 +217,7 @@ def place(
         kind: one of ``OFFLOADS``; None chooses by what is free.
         vae_tiling: None chooses.
     """
-    held = sum(_bytes(part) for part in pipe.components.values() if _is_on(part, device))
+    held = sum(stored_bytes(part) for part in pipe.components.values() if _is_on(part, device))
     offload = choose(needs, torch.cuda.mem_get_info(device)[0] + held, kind=kind, vae_tiling=vae_tiling)
     if offload.vae_tiling:
         pipe.vae.enable_tiling()
@@ -225,135 +235,6 @@ def place(
     return offload
 
 
-def fit(pipe: Any, memory: int | str, device: torch.device) -> str:
-    """Lay a pipeline out so that it keeps to a budget of the GPU's memory, at its model's own video size.
-
-    Nothing that is approximate is done, but for the text encoder in int8 where it fits in no other way.
-
-    Args:
-        pipe: on the CPU, or all of it on the GPU, without offload.
-        memory: bytes, or e.g. "12GB", "11.5GiB".
-        device: the GPU.
-
-    Returns:
-        What was done, and the peak that is predicted for each phase, in words.
-
-    Raises:
-        BudgetError: (a ValueError) it cannot be kept; the message says what would do.
-    """
-    config = pipe.transformer.config
-    size = default_video(config)
-    needs = estimate(pipe, count_tokens(config, size), size)
-    chosen, needs, is_small = _choose_or_refuse(pipe, needs, memory, size)
-    note = ", the text encoder in int8" if is_small else ""
-    if is_small:
-        _to_int8(pipe.text_encoder)
-    if chosen.kind != "none" and next(pipe.transformer.parameters()).device.type != "cpu":
-        pipe.to("cpu")
-    place(pipe, device, needs, kind=chosen.kind, vae_tiling=chosen.vae_tiling)
-    peaks = phases(needs, chosen.kind, chosen.vae_tiling)
-    words = ", ".join(f"{phase} {_gib(size + SPARE)}" for phase, size in peaks.items())
-    tiled = ", VAE tiled" if chosen.vae_tiling else ""
-    return f"memory={memory}: {_WORDS[chosen.kind]}{tiled}{note}; predicted peaks at {size}: {words}"
-
-
-def refuse_impossible(
-    pipe: Any, memory: int | str, *, dtype: torch.dtype | None = None, quantized: bool = False, streams: bool = True
-) -> None:
-    """See, before anything of a pipeline is changed, that its parts can keep to a budget with our transformer.
-
-    Args:
-        pipe: with its own transformer, or ours.
-        memory: as for ``fit``.
-        dtype: that the transformer is going to have; None: its own.
-        quantized: whether it is going to be; then its blocks are taken to have four bits a weight.
-        streams: whether its blocks can be streamed.
-
-    Raises:
-        BudgetError: (a ValueError) they cannot; the message says what would do.
-    """
-    from cogx_fast.runtime.module import CogVideoXModel
-
-    given = pipe.transformer
-    config = TransformerConfig(**{name: given.config[name] for name in TransformerConfig.__dataclass_fields__})
-    with torch.device("meta"):
-        model = torch.nn.Module.to(CogVideoXModel(config), dtype or given.dtype)
-    parts = {**pipe.components, "transformer": model}
-    size = default_video(config)
-    needs = estimate(SimpleNamespace(components=parts, **parts), count_tokens(config, size), size)
-    if quantized:
-        saved = int(sum(map(_bytes, model.transformer_blocks)) * (1 - 0.5 / model.dtype.itemsize))
-        assert needs.streamed is not None
-        needs = replace(
-            needs,
-            weights={**needs.weights, "transformer": needs.weights["transformer"] - saved},
-            streamed=needs.streamed - saved * SLOTS // config.num_layers,
-        )
-    if not streams:
-        needs = replace(needs, streamed=None)
-    _choose_or_refuse(pipe, needs, memory, size)
-
-
-def _choose_or_refuse(pipe: Any, needs: Needs, memory: int | str, size: VideoSize) -> tuple[Offload, Needs, bool]:
-    budget = read_memory(memory)
-    chosen, needs, is_small = choose_within(needs, pipe.text_encoder, budget)
-    if chosen.kind == "sequential":
-        least = SPARE + min(max(phases(needs, kind, True).values(), default=budget) for kind in ("model", "blocks"))
-        raise BudgetError(
-            f"memory={memory!r} is too little for this pipeline at {size}: it takes {_gib(least)} or more, with "
-            f"{_gib(SPARE)} of it for CUDA and its libraries. Give that, or load a smaller model (2b)"
-        )
-    return chosen, needs, is_small
-
-
-def choose_within(needs: Needs, text_encoder: torch.nn.Module, budget: int) -> tuple[Offload, Needs, bool]:
-    """What ``fit`` does: the layout ("sequential" where none keeps to the budget), its needs, whether T5 is in int8."""
-    chosen = choose(needs, budget)
-    if chosen.kind != "sequential" or budget - SPARE >= needs.weights["text_encoder"]:
-        return chosen, needs, False
-    needs = replace(needs, weights={**needs.weights, "text_encoder": _int8_bytes(text_encoder)})
-    return choose(needs, budget), needs, True
-
-
-def read_memory(memory: int | str) -> int:
-    """Bytes of "12GB", "11.5GiB", or a number of them.
-
-    Raises:
-        BudgetError: it is none.
-    """
-    match = re.fullmatch(r"([0-9.]+) ?(GB|GiB|MB|MiB)", memory) if isinstance(memory, str) else None
-    units = {"GB": 10**9, "GiB": 1 << 30, "MB": 10**6, "MiB": 1 << 20}
-    try:
-        size = int(float(match[1]) * units[match[2]]) if match else operator.index(memory)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        size = 0
-    if size <= 0 or isinstance(memory, bool):
-        raise BudgetError(f"memory is {memory!r}, expected bytes, or e.g. '12GB' or '11.5GiB'")
-    return size
-
-
-class BudgetError(ValueError):
-    """A budget that is none, or that cannot be kept; the message says what would do."""
-
-
-def _linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    return [each for each in model.modules() if isinstance(each, torch.nn.Linear)]
-
-
-def _int8_bytes(model: torch.nn.Module) -> int:
-    """Of a model with its linears in int8, a scale for each row."""
-    saved = sum(each.weight.numel() * (each.weight.itemsize - 1) - 4 * each.out_features for each in _linears(model))
-    return _bytes(model) - saved
-
-
-def _to_int8(model: torch.nn.Module) -> None:
-    from torchao.quantization import quantize_
-
-    from quant.schemes import torchao_config
-
-    quantize_(model, torchao_config("int8-weight-only"))
-
-
 def _run_eagerly(transformer: Any) -> None:
     from cogx_fast.runtime.compile import uncompile_model
     from cogx_fast.runtime.module import CogVideoXModel
@@ -362,7 +243,8 @@ def _run_eagerly(transformer: Any) -> None:
         uncompile_model(transformer)
 
 
-def _bytes(part: torch.nn.Module) -> int:
+def stored_bytes(part: torch.nn.Module) -> int:
+    """Bytes of a part's parameters and buffers, as they are stored."""
     return sum(_stored(tensor) for tensor in [*part.parameters(), *part.buffers()])
 
 
@@ -378,11 +260,12 @@ def _is_on(part: Any, device: torch.device) -> bool:
     return isinstance(part, torch.nn.Module) and next(part.parameters()).device.type == device.type
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """A number of bytes for people."""
     return f"{size / _GIB:.1f} GiB"
 
 
 __all__ = [
-    "OFFLOADS", "SPARE", "BudgetError", "Needs", "Offload", "choose", "choose_within", "estimate", "fit", "phases",
-    "place", "read_memory", "refuse_impossible", "released", "step_bytes",
+    "OFFLOADS", "SPARE", "WORDS", "Needs", "Offload", "choose", "decode_bytes", "estimate", "gib", "phases", "place",
+    "released", "step_bytes", "stored_bytes", "unpacked_bytes",
 ]  # fmt: skip

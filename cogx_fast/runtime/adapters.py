@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from cogx_fast.weights.lora import Delta, Deltas, Lora, alphas_in, deltas_of, linear_slots
+from cogx_fast.weights.lora import Delta, Deltas, Lora, deltas_of, linear_slots, said_in
 
 Weight = float | Mapping[str, float]
 """How strong an adapter is: everywhere, or by what is in a module's name (1 elsewhere), as diffusers takes it."""
@@ -101,8 +101,8 @@ class Adapters(nn.Module, BaseTunerLayer):
             )
         model = self._owner[0]
         texts = {} if not metadata else {"lora_adapter_metadata": json.dumps(metadata, default=str)}
-        linears, alphas = linear_slots(model.merged.config), alphas_in(texts, name)
-        found = deltas_of(tensors, linears, f"adapter {name!r}", alphas=alphas, lora=Lora(""))
+        linears, said = linear_slots(model.merged.config), said_in(texts, name)
+        found = deltas_of(tensors, linears, f"adapter {name!r}", said=said, lora=Lora(""))
         before = (dict(self._deltas), self._active_adapter)
         self._deltas[name] = {f"{module}.weight": delta for module, delta in found.items()}
         self._weights.setdefault(name, 1.0)
@@ -114,8 +114,11 @@ class Adapters(nn.Module, BaseTunerLayer):
         except BaseException:
             self._deltas, self._active_adapter = before
             raise
-        rank = next(iter(found.values())).down.shape[0]
-        self.configs[name] = LoraConfig(r=rank, target_modules=sorted(found))
+        first = next(iter(found.values()))
+        self.configs[name] = LoraConfig(
+            r=first.down.shape[0], target_modules=sorted(found), use_rslora=said.use_rslora,
+            use_dora=first.magnitude is not None,
+        )  # fmt: skip
 
     def use(self, names: Sequence[str], weights: Sequence[Weight | None]) -> None:
         """Have these adapters be the active ones, and so strong."""
@@ -162,10 +165,11 @@ class Adapters(nn.Module, BaseTunerLayer):
 
     def _sum(self, chosen: Sequence[tuple[str, Weight, float]]) -> Deltas:
         found = {name: list(each) for name, each in self._forever.items()}
+        stage = 1 + max((each.stage for several in found.values() for each in several), default=-1)
         for adapter, weight, factor in chosen:
             for name, delta in self._deltas[adapter].items():
                 scale = delta.scale * factor * _at(name, weight)
-                found.setdefault(name, []).append(dataclasses.replace(delta, scale=scale))
+                found.setdefault(name, []).append(dataclasses.replace(delta, scale=scale, stage=stage))
         return found
 
 

@@ -15,7 +15,7 @@ from cogx_fast.runtime.calls import Calls
 from cogx_fast.runtime.compiled import CompiledRunner, WholeRunner, refuse_untraceable
 from cogx_fast.runtime.recompiles import CompilationStats, RecompileError, RecompileWarning, watch_compilation
 from cogx_fast.runtime.runner import Runner
-from cogx_fast.runtime.symbols import Symbols, quantizes_activations
+from cogx_fast.runtime.symbols import Symbols
 from cogx_fast.runtime.torch_cache import CacheDirectory
 from cogx_fast.runtime.warm_start import Recorder
 
@@ -124,7 +124,6 @@ def compile_model(
             symbols=Symbols(
                 dynamic=config.dynamic,
                 cuda_graphs=config.cuda_graphs,
-                quantizes_activations=quantizes_activations(model),
             ),
             calls=Calls(
                 "the model" if whole else "the block",

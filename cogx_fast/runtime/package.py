@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -112,10 +112,10 @@ class Package:
         codes = {name.removesuffix(".pt2"): _open(data, model.device) for name, data in self.members.items()}
         model.requires_grad_(False)
         computes = [
-            PackagedBlock(block, codes[self.manifest["blocks"][str(index)]], sizes, model.dtype)
+            PackagedBlock(block, codes[self.manifest["blocks"][str(index)]], sizes, model.dtype, model.device)
             for index, block in enumerate(model.transformer_blocks)
         ]
-        model.runner = PackagedRunner(computes, f"the package {self.path}")
+        model.runner = PackagedRunner(computes, f"the package {self.path}", model.runner.slots)
 
 
 class PackagedRunner(Runner):
@@ -124,10 +124,11 @@ class PackagedRunner(Runner):
     Args:
         computes: for each layer what computes its block.
         package: where they come from, in words.
+        slots: how all else is done.
     """
 
-    def __init__(self, computes: Sequence[PackagedBlock], package: str) -> None:
-        super().__init__(Slots(call_block=CallWith(computes)))
+    def __init__(self, computes: Sequence[PackagedBlock], package: str, slots: Slots) -> None:
+        super().__init__(replace(slots, call_block=CallWith(computes)))
         self.package = package
 
     def follow_attached(self, model: nn.Module) -> None:
@@ -153,14 +154,17 @@ class PackagedBlock:
         runner: the compiled code.
         sizes: what it is for.
         dtype: of the stream.
+        device: where the code runs; the weights are there when it is called.
     """
 
-    def __init__(self, block: nn.Module, runner: Any, sizes: SizeRange, dtype: torch.dtype) -> None:
+    def __init__(
+        self, block: nn.Module, runner: Any, sizes: SizeRange, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._weights = Weights(block)
         self._runner = runner
         self._sizes = sizes
         self._dtype = dtype
-        self._expected = [(leaf.shape, leaf.dtype, leaf.device) for leaf in self._weights.read()]
+        self._expected = [(leaf.shape, leaf.dtype, device) for leaf in self._weights.read()]
 
     def __call__(
         self,

@@ -309,7 +309,10 @@ def streamed_blocks(model: Any) -> StreamedBlocks:
     streamed = model.runner.slots.residency
     if not isinstance(streamed, StreamedBlocks):
         if model.runner.package is not None:
-            raise OffloadError(f"offload='blocks' cannot feed {model.runner.package}: use load(..., compile=True)")
+            raise OffloadError(
+                f"the model runs {model.runner.package} on weights that lie on its device: load_package(..., "
+                "offload='blocks') loads one whose blocks are streamed"
+            )
         streamed = StreamedBlocks()
         model.runner.use(replace(model.runner.slots, residency=streamed))
     return streamed

@@ -33,8 +33,6 @@ class Symbols:
     """False: none is; each size is compiled apart."""
     cuda_graphs: bool
     """Calls on CUDA are recorded and replayed."""
-    quantizes_activations: bool
-    """A product of the model does (``quantizes_activations``)."""
 
     def mark_inputs(self, model: nn.Module, inputs: Inputs) -> None:
         """For a graph of the whole step."""
@@ -117,21 +115,17 @@ class Symbols:
     def _is_one_apart(self, tensors: list[Tensor], module: nn.Module) -> bool:
         """Whether a batch of one has a graph of its own, because of what cannot be done with an unbacked symbol.
 
-        CUDA graphs are not recorded with one. Flex attention's derivative asks whether it is above 1. torch 2.11, which
-        cannot be told bounds, asks where activations are quantized, and compiles no derivative on CUDA; no version does
-        of the whole model.
+        torch 2.11, which cannot be told its bounds, reckons with sizes of 0 and so fuses nothing (22 launches a
+        block in place of 9). CUDA graphs are not recorded with one. Flex attention's derivative asks whether
+        it is above 1, and so does that of the whole model.
         """
         from torch._dynamo.decorators import mark_unbacked
 
-        is_on_cuda, has_bounds = any(tensor.is_cuda for tensor in tensors), bool(_batch_bounds(mark_unbacked))
-        if self.cuda_graphs and is_on_cuda:
-            return True
-        if self.quantizes_activations and not has_bounds:
+        is_on_cuda = any(tensor.is_cuda for tensor in tensors)
+        if not _batch_bounds(mark_unbacked) or (self.cuda_graphs and is_on_cuda):
             return True
         is_whole = isinstance(module, CogVideoXTransformer)
-        asks = (is_on_cuda and (is_whole or not has_bounds)) or any(
-            getattr(each, "backend", None) in _FLEX for each in module.modules()
-        )
+        asks = (is_on_cuda and is_whole) or any(getattr(each, "backend", None) in _FLEX for each in module.modules())
         is_differentiated = any(tensor.requires_grad for tensor in (*tensors, *module.parameters()))
         return asks and torch.is_grad_enabled() and is_differentiated
 
@@ -163,7 +157,7 @@ def _batch_bounds(mark_unbacked: Callable[..., Any]) -> dict[str, int]:
     """That a batch is 1 or more, and no more than cuDNN's attention takes, as arguments of torch's ``mark_unbacked``.
 
     Quantizing of activations asks the one, torch 2.13's choice between attention kernels the other; 2.11 cannot be
-    told either, and asks for neither but with quantized activations.
+    told either.
     """
     return {"min": 1, "max": 65535} if "min" in inspect.signature(mark_unbacked).parameters else {}
 

@@ -6,17 +6,19 @@
 | SAT (the original code) | ``….layers.0.attention.query_key_value.matrix_A.0`` | 1 |
 | VideoX-Fun, kohya's | ``lora_unet__transformer_blocks_0_attn1_to_q.lora_down.weight`` | a tensor, or none |
 
-Every tensor finds its place or is refused by name; nothing of a model is touched before all files are checked.
+PEFT's rsLoRA (alpha / √rank in place of alpha / rank) and DoRA (a magnitude for each row of the sum) are merged as PEFT
+does. Every tensor finds its place or is refused by name; nothing of a model is touched before all files are checked.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,18 @@ _HALF = re.compile(
 _SAT = re.compile(
     r"(?:.*\.)?layers\.(?P<layer>\d+)\.attention\.(?P<module>query_key_value|dense)\.matrix_(?P<half>[AB])\.(?P<index>\d+)"
 )
+_MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.[^.]+){0,2}")
 _KOHYA = re.compile(r"lora_(?:unet|transformer)_+(?P<module>.+)")
+_FUSE = "load it with diffusers and fuse it there"
 _NOT_CARRIED_OUT = (
-    (re.compile(r"lora_magnitude_vector|\.dora_scale"), "DoRA"),
-    (re.compile(r"^lora_te\d*_|^text_encoder"), "for the text encoder, which this package does not touch"),
-    (re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$|\.diff(_b)?$"), "with biases or whole differences"),
-    (re.compile(r"\.hada_|\.lokr_|\.oft_|\.lora_mid"), "LoHa, LoKr or OFT"),
+    (
+        re.compile(r"\.dora_scale$"),
+        "of LyCORIS' DoRA, whose versions divide by means or norms, of columns or rows, and files do not say by which",
+        "merge it with the version that trained it, and load the merged weights",
+    ),
+    (re.compile(r"^lora_te\d*_|^text_encoder"), "for the text encoder, which this package does not touch", _FUSE),
+    (re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$|\.diff(_b)?$"), "with biases or whole differences", _FUSE),
+    (re.compile(r"\.hada_|\.lokr_|\.oft_|\.lora_mid"), "LoHa, LoKr or OFT", _FUSE),
 )
 
 
@@ -55,7 +63,7 @@ class Lora:
     weight: float = 1.0
     """What the whole of it is multiplied by."""
     alpha: float | None = None
-    """In place of what the file says: its scale is ``alpha / rank``."""
+    """In place of what the file says: its scale is ``alpha / rank`` (rsLoRA: ``alpha / √rank``)."""
 
 
 LoraLike = Lora | str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
@@ -70,6 +78,8 @@ class _Pair:
     up: Tensor | None = None
     """``(out, rank)``."""
     alpha: float | None = None
+    magnitude: Tensor | None = None
+    """``(out,)``, of DoRA."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,33 @@ class Delta:
     down: Tensor
     up: Tensor
     scale: float
+    magnitude: Tensor | None = None
+    """``(out,)``, of DoRA: the sum's rows are then multiplied by ``magnitude / ‖base + scale · up · down‖``."""
+    stage: int = 0
+    """That ``base`` is the weight as earlier stages left it. Within a stage one follows the other, each with its norms
+    of the same base, as PEFT merges them."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that it has, by field."""
+        found = {"down": self.down, "up": self.up, "magnitude": self.magnitude}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What is known of a LoRA beside its tensors, as PEFT's configuration has it."""
+
+    alpha: float | None = None
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Other alphas, by a pattern that ends the linear's name."""
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    def alpha_of(self, name: str) -> float | None:
+        """A linear's alpha, or None where nothing is said."""
+        found = (each for pattern, each in self.alpha_pattern.items() if re.fullmatch(rf"(.*\.)?({pattern})", name))
+        return next(found, self.alpha)
 
 
 Deltas = dict[str, list[Delta]]
@@ -153,7 +190,7 @@ def _read(lora: Lora, linears: Mapping[str, Slot]) -> dict[str, Delta]:
             f"{path}: cannot be read as a .safetensors file ({error}): download it again; pickled ones (.bin, .pt) are "
             "not read, since reading them can run any code"
         ) from None
-    return deltas_of(tensors, linears, str(path), alphas=alphas_in(metadata, str(path)), lora=lora)
+    return deltas_of(tensors, linears, str(path), said=said_in(metadata, str(path)), lora=lora)
 
 
 def deltas_of(
@@ -161,16 +198,16 @@ def deltas_of(
     linears: Mapping[str, Slot],
     origin: str,
     *,
-    alphas: Callable[[str], float | None],
+    said: Said,
     lora: Lora,
 ) -> dict[str, Delta]:
     """What the tensors of a LoRA add to each linear.
 
     Args:
-        tensors: both halves, and alphas, under any of the writers' names.
+        tensors: both halves, magnitudes and alphas, under any of the writers' names.
         linears: ``linear_slots`` of the model.
         origin: what they are called in messages.
-        alphas: what is known of a linear's alpha beside them.
+        said: what is known beside them.
         lora: its weight, and an alpha that goes before all others.
 
     Raises:
@@ -183,17 +220,22 @@ def deltas_of(
         raise LoraError(f"{origin}: infinite or NaN values in {some(bad)}: download it again")
     found: dict[str, Delta] = {}
     assumed: set[int] = set()
+    is_dora = said.use_dora or any(pair.magnitude is not None for pair in pairs.values())
     for name, pair in pairs.items():
         down, up = _halves(name, pair, linears[name], origin)
+        magnitude = _magnitude(name, pair, len(up), origin) if is_dora else None
         rank = down.shape[0]
         alpha = lora.alpha if lora.alpha is not None else pair.alpha
         if alpha is None:
-            alpha = 1.0 if is_sat else alphas(name)
+            alpha = 1.0 if is_sat else said.alpha_of(name)
+        if alpha is None and said.use_rslora:
+            raise LoraError(f"{origin}: says rsLoRA, but no alpha: give cogx_fast.Lora(path, weight, alpha=...)")
         if alpha is None:
             assumed.add(rank)
             alpha = float(rank)
+        scale = lora.weight * alpha / (math.sqrt(rank) if said.use_rslora else rank)
         # Copied: they are mapped from a file, which a later training run may write over.
-        found[name] = Delta(down.clone(), up.clone(), lora.weight * alpha / rank)
+        found[name] = Delta(down.clone(), up.clone(), scale, None if magnitude is None else magnitude.clone())
     if assumed:
         ranks = ", ".join(map(str, sorted(assumed)))
         warnings.warn(
@@ -206,12 +248,10 @@ def deltas_of(
 
 def _pairs(tensors: Mapping[str, Tensor], linears: Mapping[str, Slot], path: str) -> tuple[dict[str, _Pair], bool]:
     """Both halves of each linear by diffusers' name, and whether they are in the original code's layout."""
-    for pattern, what in _NOT_CARRIED_OUT:
+    for pattern, what, remedy in _NOT_CARRIED_OUT:
         named = [name for name in tensors if pattern.search(name)]
         if named:
-            raise LoraError(
-                f"{path}: holds adapters {what} ({some(named, 2)}): load it with diffusers and fuse it there"
-            )
+            raise LoraError(f"{path}: holds adapters {what} ({some(named, 2)}): {remedy}")
     by_flat_name = {name.replace(".", "_"): name for name in linears}
     pairs: dict[str, _Pair] = {}
     lost: list[str] = []
@@ -226,6 +266,8 @@ def _pairs(tensors: Mapping[str, Tensor], linears: Mapping[str, Slot], path: str
         pair = pairs.setdefault(module, _Pair())
         if half == "alpha":
             pair.alpha = float(tensor)
+        elif half == "magnitude":
+            pair.magnitude = tensor
         elif half == "down":
             pair.down = tensor
         else:
@@ -239,7 +281,7 @@ def _pairs(tensors: Mapping[str, Tensor], linears: Mapping[str, Slot], path: str
 
 
 def _place(name: str, linears: Mapping[str, Slot], by_flat_name: Mapping[str, str]) -> tuple[str, str] | None:
-    """The linear that a tensor is for, and which half it is: "down", "up" or "alpha"."""
+    """The linear that a tensor is for, and what it is: "down", "up", "alpha" or "magnitude"."""
     if (sat := _SAT.fullmatch(name)) is not None:
         block, index = f"transformer_blocks.{sat['layer']}.attn1", int(sat["index"])
         names = ("to_q", "to_k", "to_v") if sat["module"] == "query_key_value" else ("to_out.0",)
@@ -247,6 +289,8 @@ def _place(name: str, linears: Mapping[str, Slot], by_flat_name: Mapping[str, st
         return (module, "down" if sat["half"] == "A" else "up") if module in linears else None
     if name.endswith(".alpha"):
         module, half = name.removesuffix(".alpha"), "alpha"
+    elif (match := _MAGNITUDE.fullmatch(name)) is not None:
+        module, half = match["module"], "magnitude"
     elif (match := _HALF.fullmatch(name)) is not None:
         module = match["module"]
         half = "down" if (match["half"] or match["old"]) in ("A", "down") else "up"
@@ -280,11 +324,24 @@ def _halves(name: str, pair: _Pair, slot: Slot, path: str) -> tuple[Tensor, Tens
     return pair.down, pair.up
 
 
-def alphas_in(metadata: Mapping[str, str], path: str) -> Callable[[str], float | None]:
-    """A linear's alpha by what the file's metadata says: PEFT's configuration, by diffusers or by finetrainers."""
+def _magnitude(name: str, pair: _Pair, rows: int, path: str) -> Tensor:
+    if pair.magnitude is None:
+        raise LoraError(f"{path}: {name} has no magnitude vector, and is one of DoRA: the file is not whole")
+    if pair.magnitude.shape != (rows,):
+        shape = tuple(pair.magnitude.shape)
+        raise LoraError(f"{path}: {name} has {rows} rows here, but its magnitude vector is {shape}, expected ({rows},)")
+    return pair.magnitude
+
+
+def said_in(metadata: Mapping[str, str], path: str) -> Said:
+    """What a file's metadata says: PEFT's configuration, by diffusers or by finetrainers.
+
+    Raises:
+        LoraError: it cannot be read.
+    """
     texts = [metadata[key] for key in ("lora_adapter_metadata", "lora_config") if key in metadata]
     if not texts:
-        return lambda name: None
+        return Said()
     try:
         held: Any = json.loads(texts[0])
         held = held if isinstance(held, dict) else {}
@@ -298,19 +355,13 @@ def alphas_in(metadata: Mapping[str, str], path: str) -> Callable[[str], float |
             raise ValueError(f"lora_alpha is {alpha!r}")
     except (ValueError, TypeError) as error:
         raise LoraError(f"{path}: its metadata cannot be read ({error}): give Lora(path, weight, alpha=...)") from None
-    if own.get("use_dora") or own.get("use_rslora"):
-        raise LoraError(f"{path}: its metadata says DoRA or rsLoRA: load it with diffusers and fuse it there")
-
-    def alpha_of(name: str) -> float | None:
-        for pattern, value in patterns.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", name):
-                return float(value)
-        return None if alpha is None else float(alpha)
-
-    return alpha_of
+    return Said(
+        alpha=alpha, alpha_pattern=patterns,
+        use_rslora=bool(own.get("use_rslora")), use_dora=bool(own.get("use_dora")),
+    )  # fmt: skip
 
 
 __all__ = [
-    "Delta", "Deltas", "Lora", "LoraError", "LoraLike", "alphas_in", "as_lora", "as_loras", "deltas_of", "linear_slots",
-    "read_loras",
+    "Delta", "Deltas", "Lora", "LoraError", "LoraLike", "Said", "as_lora", "as_loras", "deltas_of", "linear_slots",
+    "read_loras", "said_in",
 ]  # fmt: skip

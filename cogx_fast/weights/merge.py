@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -196,25 +197,44 @@ def _add(whole: Tensor, group: list[Slot], deltas: Deltas) -> None:
         if slot.name not in deltas:
             continue
         rows = slot.view(whole)
-        loras = [(each.scale, _fp32(each.up, whole), _fp32(each.down, whole)) for each in deltas[slot.name]]
+        loras = [_fp32(each, whole.device) for each in deltas[slot.name]]
         at_once = _ROWS_AT_ONCE if whole.device.type == "cpu" else len(rows)
         for first in range(0, len(rows), at_once):
             some_rows = rows[first : first + at_once]
-            total = some_rows.float().flatten(1)
-            for scale, up, down in loras:
-                total.addmm_(up[first : first + at_once], down, alpha=scale)
+            total = _sum(some_rows.float().flatten(1), loras, slice(first, first + at_once))
             some_rows.copy_(total.view(some_rows.shape))
 
 
-def _fp32(half: Tensor, beside: Tensor) -> Tensor:
-    return half.to(beside.device, torch.float32)
+def _sum(total: Tensor, loras: Sequence[Delta], rows: slice) -> Tensor:
+    """Some rows of a weight with LoRAs one after the other (``Delta`` says how), in the memory of ``total``."""
+    needs_base = any(each.magnitude is not None for each in loras)
+    stage, base = -1, total
+    for each in loras:
+        if needs_base and each.stage != stage:
+            stage, base = each.stage, total.clone()
+        up = each.up[rows]
+        total.addmm_(up, each.down, alpha=each.scale)
+        if each.magnitude is not None:
+            norms = torch.addmm(base, up, each.down, alpha=each.scale).norm(dim=1, keepdim=True)
+            # A row of zeros has no direction, and stays one.
+            total *= each.magnitude[rows, None] / norms.masked_fill_(norms == 0, 1)
+    return total
+
+
+def _fp32(lora: Delta, device: torch.device) -> Delta:
+    moved: dict[str, Any] = {name: each.to(device, torch.float32) for name, each in lora.tensors.items()}
+    return replace(lora, **moved)
 
 
 def _same(before: Sequence[Delta], after: Sequence[Delta]) -> bool:
-    return len(before) == len(after) and all(
-        one.scale == other.scale and torch.equal(one.down, other.down) and torch.equal(one.up, other.up)
-        for one, other in zip(before, after, strict=True)
-    )
+    return len(before) == len(after) and all(map(_equal, before, after))
+
+
+def _equal(one: Delta, other: Delta) -> bool:
+    return (
+        (one.scale, one.stage, one.tensors.keys()) == (other.scale, other.stage, other.tensors.keys())
+        and all(torch.equal(each, other.tensors[name]) for name, each in one.tensors.items())
+    )  # fmt: skip
 
 
 def _requantizer(model: nn.Module) -> Callable[[str, Tensor], Tensor]:

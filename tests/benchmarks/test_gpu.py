@@ -19,12 +19,13 @@ from benchmarks import gate
 from benchmarks.environment import ROOT
 from benchmarks.gpu import __main__ as runner
 from benchmarks.gpu import budget, measure, models, ranks, suite, table, wheels
-from benchmarks.gpu.cases import CACHES, MODELS, RECIPES, STEPS, Case, plan
+from benchmarks.gpu.cases import CACHES, HELD, MODELS, RECIPES, STEPS, Case, plan
 from benchmarks.gpu.measure import OURS, PEER
 from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.attention.plan import BUILT_IN
 from cogx_fast.measure import contest, devices, timing
 from cogx_fast.model import layers
+from cogx_fast.model.cpu import computes
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule_file import foresee_schedule
 from tests.conftest import run_cli
@@ -233,6 +234,62 @@ def test_nothing_is_timed_on_red(clock: Clock, honest: Path, monkeypatch: pytest
     assert not timed
 
 
+# ------------------------------------------------------------------------------------------------ peaks of a pipeline
+
+
+@pytest.fixture
+def no_bf16() -> None:
+    if not computes(torch.bfloat16):
+        pytest.skip("peaks are predicted in 16 bits, which kernels of this CPU bring to 32")
+
+
+@pytest.mark.usefixtures("no_bf16")
+def test_what_decoding_and_a_call_hold_is_what_is_predicted(tmp_path: Path) -> None:
+    made, lines = _suite(tmp_path / "baselines"), []
+    cases = [case for case in plan(quick=True) if case.part in HELD]
+    assert [str(case) for case in cases] == [
+        "tiny/decode/whole", "tiny/decode/tiled", "tiny/call/none", "tiny/call/model", "tiny/call/blocks"
+    ]  # fmt: skip
+    for case in cases[:3]:
+        found = made.run(case)
+        assert found.metrics["peak_mib"] == pytest.approx(found.notes["predicted_mib"], rel=suite.LIMIT_PEAK)
+        lines.append({"test": runner.TEST.format(case), "outcome": "passed", "found": suite.as_json(found),
+                      "ceilings": CEILINGS, "environment": made.facts})  # fmt: skip
+    whole, tiled, _ = (line["found"]["metrics"]["peak_mib"] for line in lines)
+    assert tiled < 0.5 * whole
+    for case in cases[3:]:
+        with pytest.raises(models.UnsupportedError, match="a GPU's memory"):
+            made.run(case)
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = "\n".join(runner.report.write(ledger, cases, tmp_path))
+    assert f"tiny/call/none {'':10}" in report
+    assert "predicted, GiB" in report
+    assert not (tmp_path / "ratios.png").exists()
+    path = tmp_path / "baselines" / "cpu.csv"
+    row = gate.read(path)[str(cases[0]), "peak_mib"]
+    path.write_text(path.read_text().replace(str(row), str(dataclasses.replace(row, value=f"{0.9 * whole:.2f}"))))
+    assert [line.split()[1] for line in made.run(cases[0]).verdict.regressions] == ["peak_mib:"]
+
+
+@pytest.mark.usefixtures("no_bf16")
+def test_a_decoder_that_holds_more_than_is_predicted_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import AutoencoderKLCogVideoX
+
+    honest, case = AutoencoderKLCogVideoX.decode, Case(model="tiny", part="decode", recipe="whole")
+    held = torch.Tensor()
+
+    def holding(self: Any, latents: Tensor, **options: Any) -> Any:
+        nonlocal held
+        held = latents.repeat(1, 2000, 1, 1, 1)
+        return honest(self, latents, **options)
+
+    monkeypatch.setattr(AutoencoderKLCogVideoX, "decode", holding)
+    with pytest.raises(suite.RedError, match="MiB at its peak, predicted are"):
+        _suite(tmp_path).run(case)
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------------------------------------------- the plan
 
 
@@ -246,7 +303,8 @@ def test_every_variant_recipe_scope_and_kernel_is_in_the_plan() -> None:
     assert [str(case) for case in cases if case.part == "block"][:2] == ["5b/block/bf16", "5b/block/fp8-dynamic"]
     assert {case.tokens.joint for case in cases if case.model == "5b"} == {17_776}
     assert {case.tokens.joint for case in cases if case.model == "1.5-5b"} == {45_106}
-    assert {case.config.num_layers for case in cases if case.model == "5b" and case.part == "step"} == {42}
+    assert {case.config.num_layers for case in cases if case.model == "5b" and case.part in ("step", *HELD)} == {42}
+    assert {case.model for case in cases if case.part in HELD} == {"5b", "1.5-5b"}
     sparse = next(case for case in cases if str(case) == "5b/step/radial")
     assert 0.3 < sparse.kept < 0.5
     assert BUILT_IN["radial"](sparse.config).choice == ((1,),) * 42

@@ -19,7 +19,7 @@ from benchmarks.standin.journal import Journal
 from cogx_fast.config import PRESETS
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.module import CogVideoXModel
-from tests.support import inputs, small
+from tests.support import AROUND, inputs, small
 
 GIB = 1024**3
 EVERY_CARD = ("t4", "a100", "rtx3060", "rtx4060", "rtx4090", "h100", "b200")
@@ -30,9 +30,16 @@ FAST = CompileConfig(mode="default")
 FEW_CANDIDATES = {"test_configs.max_mm_configs": 2}
 """Options of a mode that times: of what Triton would try, so many for each product. The library's stay."""
 IS_ONE_APART = torch.__version__ < "2.12"
-"""torch cannot be told that a batch is 1 or more: where activations are quantized, and in training, one is apart."""
+"""torch cannot be told that a batch is 1 or more: one has a graph of its own."""
 BLOCK_PRODUCTS = 4
 """Of a block: query, key and value; attention's output; the feed-forward's two."""
+
+
+def of_all_batches(scope: str = "block") -> tuple[int, int, int]:
+    """Graphs, breaks and recompiles of calls with several batches, one among them."""
+    parts = 1 + AROUND * (scope == "block")
+    again = parts if IS_ONE_APART else 0
+    return parts + again, 0, again
 
 
 def model(

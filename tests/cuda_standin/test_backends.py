@@ -12,8 +12,16 @@ from cogx_fast.runtime import auto_attention
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.recompiles import watch_compilation
 from cogx_fast.sizes import count_tokens, default_video
-from tests.cuda_standin.device import FAST, GIB, TENSOR_CARDS, attention_kernels, call, model
-from tests.support import AROUND
+from tests.cuda_standin.device import (
+    FAST,
+    GIB,
+    IS_ONE_APART,
+    TENSOR_CARDS,
+    attention_kernels,
+    call,
+    model,
+    of_all_batches,
+)
 
 LAYERS = 2
 KERNELS = {"sdpa-cudnn": "cudnn", "sdpa-flash": "flash", "sdpa-efficient": "efficient"}
@@ -28,10 +36,10 @@ def test_a_pinned_backend_runs_its_kernel(backend):
 @pytest.mark.cards("a100", "rtx4090", "h100", "b200")
 @pytest.mark.parametrize("backend", ["sdpa", *KERNELS])
 def test_every_batch_is_one_graph_with_the_backends_kernel(backend):
-    compiled = model("5b", attention=backend, compile=CompileConfig(mode="default", strict=True))
+    compiled = model("5b", attention=backend, compile=CompileConfig(mode="default", strict=not IS_ONE_APART))
     with watch_compilation() as stats:
         calls = [attention_kernels(call(compiled, batch=batch)) for batch in (2, 1, 4)]
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == of_all_batches()
     assert all(kernels == calls[0] for kernels in calls)
     possible = [KERNELS[backend]] if backend in KERNELS else ["cudnn", "flash"]
     assert calls[0] in [{kernel: LAYERS} for kernel in possible]
@@ -55,7 +63,7 @@ def test_flex_runs_its_generated_kernel_within_the_card_s_shared_memory():
     compiled = model("5b", attention="flex", compile=FAST)
     with watch_compilation() as stats:
         calls = [call(compiled, batch=batch) for batch in (2, 1, 4)]
-    assert (stats.graphs, stats.recompiles) == (1 + AROUND, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == of_all_batches()
     assert all(attention_kernels(done) == {"flex": LAYERS} for done in calls)
 
 
@@ -87,7 +95,7 @@ def test_a_sparse_plan_runs_in_flex_and_from_dense_to_sparse_nothing_compiles_or
             done = call(compiled, batch=batch, **sizes)
             assert attention_kernels(done) == {"flex": LAYERS}
             assert "sync" not in done.lines
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND * (scope == "block"), 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == of_all_batches(scope)
 
 
 @pytest.mark.cards("a100", "rtx4090", "h100", "b200")

@@ -16,8 +16,9 @@ from benchmarks.standin import journal
 from cogx_fast.config import PRESETS, TransformerConfig
 from cogx_fast.measure.contest import call_arguments
 from cogx_fast.pipelines import memory
+from cogx_fast.pipelines.budget import BudgetError
 from cogx_fast.pipelines.memory import step_bytes
-from cogx_fast.runtime.compile import compile_model
+from cogx_fast.runtime.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.sizes import count_tokens, default_video
 from tests.cuda_standin.device import FAST, GIB, attention_kernels, checkpoint, peak_bytes
@@ -25,6 +26,7 @@ from tests.cuda_standin.test_pipelines import generate, pipeline
 from tests.pipes import FRAMES, HEIGHT, WIDTH
 from tests.support import RELEASED
 
+WHOLE = CompileConfig(scope="model", mode="default")
 LAYERS = 2
 """Activations of a step do not grow with the layers, so few show the peak."""
 
@@ -208,17 +210,32 @@ def test_a_pipeline_keeps_to_its_budget(capsys):
         video = default_video(measured.transformer.config)
         needs = memory.estimate(measured, count_tokens(measured.transformer.config, video), video)
         room = max(memory.phases(needs, kind, tiled=False).values())
-        cogx_fast.accelerate(pipe, memory=room + GIB, compile=FAST, attention="sdpa")
+        cogx_fast.accelerate(pipe, memory=room + GIB, compile=FAST, attention="sdpa", quant=None)
         word = {"none": "whole pipeline", "model": "model offload", "blocks": "streamed"}[kind]
-        assert word in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert word in said
+        assert "predicted time by the ceilings of NVIDIA H100" in said
         with peak_bytes() as peak:
             generate(pipe)
             generate(pipe)
         assert peak[0] <= room + 40 * 2**20, f"{kind}: cuBLAS' workspace is the spare's"
         del pipe, measured
         gc.collect()
-    with pytest.raises(memory.BudgetError, match=r"takes 1\.\d GiB or more"):
+    with pytest.raises(BudgetError, match=r"takes 1\.\d GiB or more"):
         cogx_fast.accelerate(pipeline(num_layers=6), memory=GIB + 1)
+
+
+@pytest.mark.cards("h100")
+def test_a_recipe_is_chosen_where_nothing_else_keeps_to_the_budget(capsys):
+    """Blocks are not streamed with scope="model"."""
+    pipe = pipeline(num_layers=12, num_attention_heads=32)
+    pipe.transformer.register_to_config(sample_height=HEIGHT // 8, sample_width=WIDTH // 8, sample_frames=FRAMES)
+    room = sum(each.nbytes for each in pipe.transformer.parameters())
+    cogx_fast.accelerate(pipe, memory=GIB + round(0.8 * room), compile=WHOLE, attention="sdpa")
+    assert "the transformer's blocks in int8-weight-only" in capsys.readouterr().err
+    with peak_bytes() as peak:
+        generate(pipe)
+    assert 0.4 * room <= torch.cuda.memory_allocated() + peak[0] <= 0.8 * room + 40 * 2**20
 
 
 @pytest.mark.cards("h100")

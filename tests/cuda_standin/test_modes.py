@@ -10,7 +10,7 @@ import torch
 from benchmarks.standin import journal
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.recompiles import watch_compilation
-from tests.cuda_standin.device import FAST, FEW_CANDIDATES, IS_ONE_APART, attention_kernels, call, model
+from tests.cuda_standin.device import FAST, FEW_CANDIDATES, IS_ONE_APART, attention_kernels, call, model, of_all_batches
 from tests.support import AROUND, inputs
 
 LAYERS = 2
@@ -27,10 +27,11 @@ def test_a_mode_without_cuda_graphs(scope, mode):
     compiled = model("5b", compile=timed(scope, mode))
     with watch_compilation() as stats:
         done = [call(compiled, batch=batch) for batch in (2, 2, 1, 4)]
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND * (scope == "block"), 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == of_all_batches(scope)
     assert not any(each.replays or each.recordings for each in done)
     assert sum(attention_kernels(done[1]).values()) == LAYERS
-    assert set(done[1].triton) == set(done[2].triton) == set(done[3].triton)
+    assert set(done[1].triton) == set(done[3].triton)
+    assert IS_ONE_APART or set(done[1].triton) == set(done[2].triton)
 
 
 @pytest.mark.cards("h100", "a100")
@@ -113,7 +114,7 @@ def test_frozen_weights_leave_flex_one_graph_with_gradients_on():
     with watch_compilation() as stats:
         for batch in (2, 1, 4):
             call(compiled, batch=batch, grad=True)
-    assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
+    assert (stats.graphs, stats.breaks, stats.recompiles) == of_all_batches("model")
 
 
 @pytest.mark.cards("h100")

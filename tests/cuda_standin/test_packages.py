@@ -75,6 +75,13 @@ def test_a_package_runs_on_the_device_it_was_made_on(tmp_path, attention, recipe
         assert done.triton
     second = load_package(tmp_path / "x.pt2", tmp_path / "model", device="cuda:1")
     assert call(second).devices == {1}
+    streamed = load_package(tmp_path / "x.pt2", tmp_path / "model", device="cuda", offload="blocks")
+    call(streamed)
+    done = call(streamed)
+    (size,) = {streamed.runner.slots.residency.hold(block).memory.numel() for block in streamed.transformer_blocks}
+    assert sum(line == f"to-device {size}" for line in done.of("copy")) == LAYERS
+    assert sum(attention_kernels(done).values()) == LAYERS
+    assert not done.of("sync")
 
 
 @pytest.mark.cards("h100")

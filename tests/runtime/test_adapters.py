@@ -21,19 +21,31 @@ KIND, PRESET = "CogVideoXPipeline", "5b"
 
 
 def files(folder: Path, config: Any) -> dict[str, Path]:
-    """Three LoRAs as diffusers writes them, with an alpha in the metadata of one."""
+    """LoRAs as diffusers writes them: three with and without alpha in their metadata, and two of DoRA."""
     import json
 
     found = {}
     for seed, (name, targets, alpha) in enumerate(
-        (("one", TARGETS, None), ("two", EVERYWHERE, 8), ("three", TARGETS, 2))
-    ):
+        (
+            ("one", TARGETS, None), ("two", EVERYWHERE, 8), ("three", TARGETS, 2),
+            ("dora", EVERYWHERE, 6), ("dora without metadata", TARGETS, None),
+        )
+    ):  # fmt: skip
+        pairs = halves(targets, seed=seed, config=config)
         tensors = {
             f"transformer.{module}.lora_{half}.weight": tensor.contiguous()
-            for module, pair in halves(targets, seed=seed, config=config).items()
+            for module, pair in pairs.items()
             for half, tensor in zip("AB", pair, strict=True)
         }
+        is_dora = name.startswith("dora")
+        if is_dora:
+            drawn = torch.Generator().manual_seed(seed)
+            tensors |= {
+                f"transformer.{module}.lora_magnitude_vector": 0.5 + torch.rand(len(up), generator=drawn)
+                for module, (_, up) in pairs.items()
+            }
         said = {"transformer.r": 4, "transformer.lora_alpha": alpha, "transformer.target_modules": list(targets)}
+        said |= {"transformer.use_dora": True, "transformer.use_rslora": True} if is_dora else {}
         metadata = None if alpha is None else {"lora_adapter_metadata": json.dumps(said), "format": "pt"}
         found[name] = folder / f"{name}.safetensors"
         save_file(tensors, found[name], metadata)
@@ -77,6 +89,13 @@ ACTIONS: dict[str, Callable[[Both, Any], Any]] = {
     "load one": lambda both, pipe: pipe.load_lora_weights(both.files["one"], adapter_name="one"),
     "load two": lambda both, pipe: pipe.load_lora_weights(both.files["two"], adapter_name="two"),
     "load three": lambda both, pipe: pipe.load_lora_weights(both.files["three"], adapter_name="three"),
+    "load dora": lambda both, pipe: pipe.load_lora_weights(both.files["dora"], adapter_name="dora"),
+    "load bare dora": lambda both, pipe: pipe.load_lora_weights(
+        both.files["dora without metadata"], adapter_name="bare dora"
+    ),
+    "doras": lambda both, pipe: pipe.set_adapters(["dora", "two", "bare dora"], [0.7, -0.4, 0.9]),
+    "doras reversed": lambda both, pipe: pipe.set_adapters(["bare dora", "two", "dora"], [0.9, 0.4, 0.0]),
+    "dora": lambda both, pipe: pipe.set_adapters("dora", 0.5),
     "both": lambda both, pipe: pipe.set_adapters(["one", "two"], [0.7, -0.4]),
     "one": lambda both, pipe: pipe.set_adapters("one"),
     "one by part": lambda both, pipe: pipe.set_adapters("one", {"transformer": {"transformer_blocks.0.attn1": 0.3}}),
@@ -96,6 +115,8 @@ SEQUENCES = [
     "load one, load two, load three, listed, delete one, listed, both of two and three",
     "load two, fuse, listed, unfuse, fuse scaled, unfuse, unload",
     "load one, load two, both, fuse two, one, unfuse, both, fuse, unload, load three, listed, unload",
+    "load dora, load two, load bare dora, doras, doras reversed, disable, enable, fuse, unfuse, dora, listed, unload",
+    "load dora, load bare dora, dora, fuse, unload, load bare dora, fuse scaled, unload, load dora, dora, unload",
 ]
 
 
@@ -125,6 +146,8 @@ def test_a_call_scales_active_adapters(tmp_path: Path) -> None:
     scaled = both.check(attention_kwargs={"scale": 0.3})
     assert relative_error(scaled, plain) > 1e-3
     assert torch.equal(both.check(), plain)
+    both.do(lambda pipe: ACTIONS["load dora"](both, pipe))
+    assert relative_error(both.check(attention_kwargs={"scale": 0.3}), both.check()) > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -232,10 +255,10 @@ def test_diffusers_methods_work_on_adapters_to_train_as_on_its_own_model(tmp_pat
     both = Both(tmp_path)
     plain = both.check()
 
-    def add(pipe: Any, name: str, rank: int) -> None:
+    def add(pipe: Any, name: str, rank: int, **options: Any) -> None:
         model = pipe.transformer
         targets = ["to_q", "to_v", "to_out.0"]
-        model.add_adapter(LoraConfig(r=rank, target_modules=targets, init_lora_weights="gaussian"), name)
+        model.add_adapter(LoraConfig(r=rank, target_modules=targets, init_lora_weights="gaussian", **options), name)
         held = get_peft_model_state_dict(model, adapter_name=name)
         drawn = torch.Generator().manual_seed(rank)
         with torch.no_grad():
@@ -244,7 +267,7 @@ def test_diffusers_methods_work_on_adapters_to_train_as_on_its_own_model(tmp_pat
 
     steps: list[Callable[[Any], Any]] = [
         lambda pipe: add(pipe, "a", 2),
-        lambda pipe: add(pipe, "b", 3),
+        lambda pipe: add(pipe, "b", 3, use_dora=True, use_rslora=True),
         lambda pipe: pipe.set_adapters(["a", "b"], [0.7, -0.4]),
         lambda pipe: (pipe.get_list_adapters(), pipe.get_active_adapters()),
         lambda pipe: pipe.disable_lora(),

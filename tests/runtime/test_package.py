@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import cogx_fast
 from cogx_fast.loading import load, load_package, load_weights
-from cogx_fast.runtime import export
+from cogx_fast.runtime import export, streaming
 from cogx_fast.runtime import package as module
 from cogx_fast.runtime.code_file import ArtifactError, read_artifact, write_artifact
 from cogx_fast.runtime.export import export_package
@@ -420,6 +420,23 @@ def test_a_step_cache_skips_a_packages_blocks(package: Package) -> None:
         assert relative_error(ours, wanted) <= 1e-5
     model.set_step_cache(None)
     assert relative_error(call(model, arguments | {"timestep": steps[1].expand(batch)}), found[1][1]) > 1e-5
+
+
+def test_a_packages_code_runs_with_streamed_blocks(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, eager = load_package(package.path, package.checkpoint, offload="blocks"), load(package.checkpoint)
+    check(model, eager)
+    with torch.no_grad():
+        for each in (model, eager):
+            each.transformer_blocks[1].ff.net[2].weight.mul_(2)
+    check(model, eager)
+    arguments = inputs(eager.config)
+    with monkeypatch.context() as patch:  # it computes from what was copied, and from nothing else
+        patch.setattr(streaming.InOrder, "copy", lambda _, source, target, after: target.zero_())
+        assert relative_error(call(model, arguments), call(eager, arguments)) > 1e-2
+    with pytest.raises(ValueError, match="offload is 'disk', expected 'blocks'"):
+        load_package(package.path, package.checkpoint, offload="disk")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"load_package\(\.\.\., offload='blocks'\)"):
+        streaming.stream_blocks(load_package(package.path, package.checkpoint), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("sizes", [{"tokens": (1, 9)}, {"tokens": (9, 9)}, {"tokens": (2, 9), "batch": 1}])

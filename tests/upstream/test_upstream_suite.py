@@ -28,10 +28,9 @@ DIFFERENT: dict[str, str] = {
     r"LoRA.*\.test_(logs_info_when_no_lora_keys_found|lora_(missing|unexpected)_keys_warning)": (
         "a file that is not wholly for this model is refused by its tensors' names; theirs takes what it knows"
     ),
-    r"TransformerLoRA\.test_save_load_lora_adapter\[lora\]": (
+    r"TransformerLoRA\.test_save_load_lora_adapter": (
         "an adapter that is loaded is merged into the weights: there is none of PEFT's layers to read it from"
     ),
-    r"TransformerLoRA\.test_save_load_lora_adapter\[dora\]": "DoRA is not carried out, and is refused by its name",
     r"TransformerLoRA\.test_lora_adapter_wrong_metadata_raises_error": (
         "of the metadata only what says how strong the adapter is is read; theirs makes a LoraConfig of all of it"
     ),

@@ -106,6 +106,7 @@ def old_names() -> dict[str, Tensor]:
 
 PEFT = json.dumps({"transformer.r": RANK, "transformer.lora_alpha": ALPHA})
 FINETRAINERS = json.dumps({"r": RANK, "lora_alpha": ALPHA, "target_modules": ["to_q"]})
+STABILIZED = json.dumps({"r": RANK, "lora_alpha": ALPHA, "use_rslora": True})
 PATTERNS = json.dumps({"r": RANK, "lora_alpha": 1.0, "alpha_pattern": {r"attn1\.to_(q|k|v|out\.0)": ALPHA}})
 
 WRITERS: dict[str, tuple[Callable[[], dict[str, Tensor]], dict[str, str], float, tuple[str, ...]]] = {
@@ -119,6 +120,7 @@ WRITERS: dict[str, tuple[Callable[[], dict[str, Tensor]], dict[str, str], float,
     ),
     "alphas by pattern": (lambda: as_diffusers(""), {"lora_adapter_metadata": PATTERNS}, ALPHA / RANK, TARGETS),
     "finetrainers": (as_diffusers, {"lora_config": FINETRAINERS}, ALPHA / RANK, TARGETS),
+    "rsLoRA": (as_diffusers, {"lora_config": STABILIZED}, ALPHA / RANK**0.5, TARGETS),
     "CogKit": (lambda: as_diffusers(""), {}, 1.0, TARGETS),
     "PEFT": (lambda: as_diffusers("base_model.model."), {}, 1.0, TARGETS),
     "an adapter's name": (lambda: as_diffusers("diffusion_model.", ".default"), {}, 1.0, TARGETS),
@@ -147,6 +149,9 @@ def test_an_alpha_of_the_callers_own_comes_first(tmp_path: Path) -> None:
     save_file(as_kohya(targets=TARGETS), tmp_path / "lora.safetensors")
     model = cogx_fast.load(upstream(CONFIG), loras=[cogx_fast.Lora(tmp_path / "lora.safetensors", 0.5, alpha=2.0)])
     assert relative_error(run(model), run(merged(upstream(CONFIG), 0.5 * 2.0 / RANK, halves()))) <= 1e-5
+    save_file(as_diffusers(), tmp_path / "lora.safetensors", {"lora_config": STABILIZED})
+    model = cogx_fast.load(upstream(CONFIG), loras=[cogx_fast.Lora(tmp_path / "lora.safetensors", 0.5, alpha=2.0)])
+    assert relative_error(run(model), run(merged(upstream(CONFIG), 0.5 * 2.0 / RANK**0.5, halves()))) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
@@ -200,6 +205,72 @@ def test_several_are_summed_and_a_live_source_keeps_its_own_weights(tmp_path: Pa
     assert torch.equal(run(source), before)
     wanted = merged(merged(upstream(CONFIG), 0.8, halves()), -0.3, halves(seed=1))
     assert relative_error(run(model), run(wanted)) <= 1e-5
+
+
+def by_their_names(model: Any) -> dict[str, Tensor]:
+    """Copies of our model's weights under diffusers' names."""
+    state = model.state_dict()
+    return {name: slot.view(state[slot.our_name]).clone() for name, slot in slots(CONFIG).items()}
+
+
+def with_adapters(model: Any) -> Any:
+    """diffusers' model with PEFT's adapters of several kinds on it, as if they had been trained."""
+    from peft import LoraConfig
+
+    kinds: dict[str, dict[str, Any]] = {
+        "dora": {"use_dora": True, "lora_alpha": ALPHA},
+        "both": {"use_dora": True, "use_rslora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_v": 1}},
+        "plain": {},
+    }
+    for seed, (name, options) in enumerate(kinds.items()):
+        model.add_adapter(LoraConfig(r=RANK, target_modules=list(EVERYWHERE), **options), name)
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if f"lora_B.{name}" in key:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+            elif f"magnitude_vector.{name}" in key:
+                parameter.data *= 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_dora_and_rslora_give_the_weights_that_peft_merges(tmp_path: Path) -> None:
+    """Alone, scaled, and several in either order: the later one's magnitudes are applied to the earlier ones, too."""
+    trained = with_adapters(upstream(CONFIG))
+    for name in ("dora", "both", "plain"):
+        trained.save_lora_adapter(tmp_path / name, adapter_name=name)
+    files = {name: next((tmp_path / name).glob("*.safetensors")) for name in ("dora", "both", "plain")}
+    ours = cogx_fast.load(upstream(CONFIG))
+    base = by_their_names(ours)
+    for chosen in (
+        {"dora": 1.0}, {"dora": 0.4}, {"both": 1.0}, {"dora": 0.7, "both": -0.5, "plain": 1.0},
+        {"plain": 0.5, "both": 1.0, "dora": 1.3},
+    ):  # fmt: skip
+        theirs = with_adapters(upstream(CONFIG))
+        theirs.set_adapters(list(chosen), list(chosen.values()))
+        theirs.fuse_lora(adapter_names=list(chosen))
+        wanted = {name.replace(".base_layer", ""): tensor for name, tensor in theirs.state_dict().items()}
+        ours.set_loras([(files[name], weight) for name, weight in chosen.items()])
+        for name, found in by_their_names(ours).items():
+            assert relative_error(found, wanted[name]) <= 1e-6, (chosen, name)
+            is_target = name.removesuffix(".weight").endswith(EVERYWHERE) and name.endswith(".weight")
+            assert (relative_error(found, base[name]) > 1e-2) == is_target, (chosen, name)
+    ours.set_loras([])
+    assert all(torch.equal(tensor, base[name]) for name, tensor in by_their_names(ours).items())
+
+
+def test_a_row_of_zeros_stays_one_under_dora(tmp_path: Path) -> None:
+    tensors = as_diffusers("")
+    tensors |= {f"{name}.lora_magnitude_vector": torch.ones(len(up)) for name, (_, up) in halves().items()}
+    first, source = "transformer_blocks.0.attn1.to_q", upstream(CONFIG)
+    with torch.no_grad():
+        source.get_submodule(first).weight[3] = 0
+        tensors[f"{first}.lora_B.weight"][3] = 0
+    save_file(tensors, tmp_path / "lora.safetensors", {"lora_config": FINETRAINERS})
+    model = cogx_fast.load(source, loras=[tmp_path / "lora.safetensors"])
+    norms = by_their_names(model)[f"{first}.weight"].norm(dim=1)
+    assert norms[3] == 0
+    torch.testing.assert_close(norms[4:], torch.ones_like(norms[4:]))
 
 
 def test_files_are_merged_in_fp32_before_they_are_rounded_and_quantized(tmp_path: Path) -> None:
@@ -278,7 +349,19 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "one half": (changed(lambda t: t.pop(f"{FIRST}.lora_B.weight")), "no up"),
     "the other half": (changed(lambda t: t.pop(f"{FIRST}.lora_A.weight")), "no down"),
     "NaN": (changed(lambda t: t[f"{FIRST}.lora_A.weight"].fill_(torch.nan)), "infinite or NaN"),
-    "DoRA": (changed(lambda t: t.update({f"{FIRST}.lora_magnitude_vector": torch.ones(4)})), "DoRA"),
+    "DoRA without magnitudes": (
+        lambda path: save_file(as_diffusers(), path, {"lora_config": json.dumps({"use_dora": True})}), "not whole"
+    ),
+    "DoRA in part": (changed(lambda t: t.update({f"{FIRST}.lora_magnitude_vector": torch.ones(128)})), "not whole"),
+    "DoRA of columns": (
+        changed(
+            lambda t: t.update(
+                {f"transformer.{name}.lora_magnitude_vector.weight": torch.ones(1, 128) for name in halves()}
+            )
+        ),
+        r"128 rows here, but its magnitude vector is \(1, 128\)",
+    ),
+    "LyCORIS' DoRA": (changed(lambda t: t.update({f"{FIRST}.dora_scale": torch.ones(1, 128)})), "LyCORIS' DoRA"),
     "the text encoder's": (
         changed(lambda t: t.update({"text_encoder.q.lora_A.weight": torch.ones(4, 4)})), "text encoder"
     ),
@@ -291,8 +374,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "alpha is text": (
         lambda path: save_file(as_diffusers(), path, {"lora_config": json.dumps({"lora_alpha": "much"})}), "lora_alpha"
     ),
-    "rsLoRA": (
-        lambda path: save_file(as_diffusers(), path, {"lora_config": json.dumps({"use_rslora": True})}), "rsLoRA"
+    "rsLoRA without alpha": (
+        lambda path: save_file(as_diffusers(), path, {"lora_config": json.dumps({"use_rslora": True})}), "no alpha"
     ),
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from tests.weights.test_lora import CONFIG, EVERYWHERE, TARGETS, as_kohya, halve
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in bf16, and two LoRA files: of attention alone, and of every linear."""
+    """A checkpoint in bf16, and LoRA files: of attention alone, of every linear, and of DoRA."""
     folder = tmp_path_factory.mktemp("loras")
     upstream(CONFIG).bfloat16().save_pretrained(folder / "model")
     tensors = {
@@ -35,6 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "attention.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in as_kohya().items()}, folder / "all.safetensors")
     assert len(EVERYWHERE) > len(TARGETS)
+    drawn = torch.Generator().manual_seed(0)
+    tensors |= {
+        f"transformer.{name}.lora_magnitude_vector": 0.5 + torch.rand(len(up), generator=drawn)
+        for name, (_, up) in halves(TARGETS).items()
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "dora.safetensors")
     return folder
 
 
@@ -75,7 +81,7 @@ def test_switching_gives_the_bits_that_loading_gives(source: str, recipe: str | 
             live = type(live).from_pretrained(folder / "model", torch_dtype=torch.bfloat16)
         return cogx_fast.load(live, quant=recipe, loras=loras, keep_source=False)
 
-    one, two = folder / "attention.safetensors", folder / "all.safetensors"
+    one, two, dora = (folder / f"{name}.safetensors" for name in ("attention", "all", "dora"))
     model = load()
     before, places = weights(model), addresses(model)
     if source == "live" and recipe is not None:
@@ -83,7 +89,7 @@ def test_switching_gives_the_bits_that_loading_gives(source: str, recipe: str | 
             model.set_loras([one])
         assert_same(weights(model), before)
         return
-    for loras in ([one], [(one, 0.5), (two, -1.0)], [two], []):
+    for loras in ([one], [(one, 0.5), (two, -1.0)], [two], [two, (dora, 0.5)], [dora], [one], []):
         model.set_loras(loras)
         assert_same(weights(model), weights(load(loras)) if loras else before)
         if loras:
