@@ -39,7 +39,7 @@ class Lowered:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = options
         self._capture = inductor.Capture()
-        self._values: dict[int, Tensor] = {}
+        self._values: dict[Any, Tensor] = {}
         self._kept: list[Any] = []
         self._calls: list[Call] = []
         self.compile = inductor.compiler(self._capture, self._stand_in)
@@ -64,8 +64,8 @@ class Lowered:
             one, other = ((each.shape, each.stride(), each.dtype) for each in (value, fakes[name]))
             if one != other:
                 raise CodegenError(f"{name} is {one} with values and {other} without")
-            self._values[id(fakes[name])] = value
-        self._kept.append((real, fake))  # values are found by identity
+            self._values[_place(fakes[name])] = value
+        self._kept.append((real, fake))  # values are found by their fakes' memory
 
     def call(self, compiled: Any, fakes: tuple[Any, ...]) -> Call:
         """Call what ``compile`` made.
@@ -95,9 +95,14 @@ class Lowered:
     def _value(self, item: Any) -> Any:
         if not isinstance(item, Tensor):
             return int(item)
-        if id(item) not in self._values:
+        if _place(item) not in self._values:
             raise CodegenError(f"an input of the graph, {tuple(item.shape)} {item.dtype}, is none of the module's")
-        return self._values[id(item)]
+        return self._values[_place(item)]
+
+
+def _place(tensor: Tensor) -> Any:
+    """Equal for tensors of the same values: the model detaches some of what it is given."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _like(output: Any) -> Any:
