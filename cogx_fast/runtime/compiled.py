@@ -28,8 +28,13 @@ _INSTEAD = (
 )
 MOST_GRAPHS = 4
 """Of the whole step, for a step cache."""
+_AROUND = (
+    "patch_embed", "embedding_dropout", "time_embedding", "ofs_embedding", "modulation", "norm_final", "norm_out",
+    "proj_out",
+)  # fmt: skip
+"""What begin and head run."""
 _BUILT_OF = ("cogx_fast.model.", "torch.nn.")
-"""Where the classes of what stands around the blocks are written, where nobody has put others in their place."""
+"""Where the classes of that are written, where nobody has put others in their place."""
 
 
 class CompiledRunner(Runner):
@@ -107,7 +112,7 @@ class CompiledRunner(Runner):
 
     def _follow_around(self, model: CogVideoXTransformer) -> None:
         """Compile what stands around the blocks while it is as it was built: what was attached runs as it is."""
-        parts = [part for name, part in model.named_children() if name != "transformer_blocks"]
+        parts = [part for name, part in model.named_children() if name in _AROUND]
         kinds = {type(module).__module__ for part in parts for module in part.modules()}
         if all(kind.startswith(_BUILT_OF) for kind in kinds) and not any(map(on_modules, parts)):
             self.slots = replace(self.slots, begin=self._begin, head=self._head)
