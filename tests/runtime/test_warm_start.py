@@ -89,9 +89,9 @@ def test_another_process_finds_everything_compiled(
     """Also where weights that need gradients are told after loading that they need none."""
     path, cold = bundle
     warm = run(tmp_path, 2, 1, "none", path, "warm", how)
-    assert (cold["autograd_cache_miss"], cold["fxgraph_cache_miss"], cold["autograd_cache_hit"]) == (1, 1, 0)
+    assert (cold["autograd_cache_miss"], cold["fxgraph_cache_miss"], cold["autograd_cache_hit"]) == (3, 3, 0)
     assert (warm["autograd_cache_miss"], warm["fxgraph_cache_miss"], warm["autograd_cache_bypass"]) == (0, 0, 0)
-    assert warm["autograd_cache_hit"] >= 1
+    assert warm["autograd_cache_hit"] >= 3
     assert warm["sum"] == cold["sum"]
     carried = {Path(name).name for name in read_artifact(path, warm_start.KIND)[1] if name.endswith(".so")}
     assert libraries(tmp_path) == carried  # none was built
