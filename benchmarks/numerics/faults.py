@@ -31,7 +31,9 @@ class Finding:
     fault: str
     case: str
     words: str
-    """Why the code is wrong; empty: the fault was missed, or its pattern is not in the code."""
+    """Why the code is wrong; empty: the fault was missed."""
+    stale: str = ""
+    """Why it could not be planted: its pattern is not in the code that is generated now."""
 
 
 def plant(faults: Sequence[Fault], device: Device) -> list[Finding]:
@@ -52,8 +54,8 @@ def _find(fault: Fault, prepared: Prepared, sound: Figures) -> Finding:
 
     try:
         found = judge(prepared, run(prepared, Settings(edit=fault.edit)))
-    except NotInTheCode:
-        return Finding(fault=fault.name, case=fault.case, words="")  # as good as missed
+    except NotInTheCode as error:
+        return Finding(fault=fault.name, case=fault.case, words="", stale=str(error))
     except (MemoryFault, ChangedInput) as error:
         return Finding(fault=fault.name, case=fault.case, words=str(error))
     return Finding(fault=fault.name, case=fault.case, words="; ".join(wrong(fault.case, found, sound)))

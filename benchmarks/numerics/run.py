@@ -33,8 +33,15 @@ def findings(faults: Sequence[str], device: str = "h100") -> dict[str, str]:
 
     Returns:
         Why the code is wrong, for each; empty where nothing was found.
+
+    Raises:
+        CodegenError: some could not be planted, since the code is another by now.
     """
-    return {finding["fault"]: finding["words"] for finding in _ask({"device": device, "faults": list(faults)})}
+    found = _ask({"device": device, "faults": list(faults)})
+    stale = [f"{each['fault']} ({each['case']}): {each['stale']}" for each in found if each["stale"]]
+    if stale:
+        raise CodegenError(f"faults that could not be planted, to be written anew in faults.py: {'; '.join(stale)}")
+    return {each["fault"]: each["words"] for each in found}
 
 
 def _ask(request: dict[str, Any]) -> Any:

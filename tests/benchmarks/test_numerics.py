@@ -213,6 +213,13 @@ def test_a_case_that_cannot_be_run_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         run.results(["5b/block/bf16"], "a100")
 
 
+def test_a_fault_whose_code_is_another_by_now_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = {"fault": "rotary sign", "case": "5b/block/bf16", "words": "", "stale": "'tmp47' is nowhere in it"}
+    monkeypatch.setattr(run, "_ask", lambda request: [stale])
+    with pytest.raises(CodegenError, match=r"rotary sign \(5b/block/bf16\): 'tmp47' is nowhere"):
+        run.findings(["rotary sign"])
+
+
 # ----------------------------------------------------------------------------------------------- which GPU can run what
 
 
