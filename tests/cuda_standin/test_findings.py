@@ -244,7 +244,10 @@ def test_a_bundle_starts_a_model_warm(bundle: tuple[Path, Path], moved: bool) ->
         warm = load(path, "cpu" if moved else "cuda", compile_cache=file)
         counters.clear()
         call(warm.to("cuda"))
-    assert (counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]) == (1, 0)
+    assert (counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]) == (
+        1 + AROUND,
+        0,
+    )
 
 
 def test_a_bundle_of_another_device_is_refused_with_words(bundle: tuple[Path, Path]) -> None:
