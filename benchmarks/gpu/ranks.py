@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import environment, gate
-from benchmarks.gpu import models, suite
+from benchmarks.gpu import measure, models, suite
 from benchmarks.gpu.cases import BATCH
 from cogx_fast import load
 from cogx_fast.attention.plan import LAST_TIMESTEP
@@ -123,7 +123,7 @@ def work(options: argparse.Namespace) -> None:
     for model in ("tiny",) if options.quick else MODELS:
         for name, found in [*_steps(model, device, options.quick), *_decode(model, device, options.quick)]:
             cases[f"{model}/ranks/{name}"] = found
-            found["notes"] |= {"link_gb_per_s": _short(link), "commit": str(snapshot["commit"])[:9]}
+            found["notes"] |= {"link_gb_per_s": suite.short(link), "commit": str(snapshot["commit"])[:9]}
     if dist.get_rank() == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         versions = {each: str(snapshot[each]).partition("+")[0] for each in ("torch", "diffusers", "torchao")}
@@ -162,7 +162,7 @@ def _steps(model: str, device: torch.device, quick: bool) -> Iterator[tuple[str,
     steps = {name: functools.partial(generate, split) for name, split in splits.items()}
     for name, found in _compare(steps, device, quick):
         sent = sum(part.sent for part in roofline.parts(work.config, work.tokens, batch=BATCH, **meshes[name]))
-        found["notes"] |= {"sent_mib_a_step": _short(sent / 2**20), "steps": CALLS}
+        found["notes"] |= {"sent_mib_a_step": suite.short(sent / 2**20), "steps": CALLS}
         yield f"block/{name}", found
 
 
@@ -193,7 +193,7 @@ def _decode(model: str, device: torch.device, quick: bool) -> Iterator[tuple[str
     size = dist.get_world_size()
     for _, found in _compare(steps, device, quick):
         sent = sent_bytes(plan_tiles(vae, shape, size), size, z.itemsize)
-        found["notes"] |= {"sent_mib": _short(sent / 2**20)}
+        found["notes"] |= {"sent_mib": suite.short(sent / 2**20)}
         yield f"decode/{size}", found
 
 
@@ -214,25 +214,15 @@ def _compare(
     wrong = {name: error for name, error in errors.items() if not error < LIMIT}
     if wrong:
         raise suite.RedError(f"rank {dist.get_rank()}: relative errors beside one GPU {wrong}, the limit {LIMIT}")
-    peaks = {name: _peak(steps[name], device) for name in steps}
+    peaks = {name: measure.peak_bytes(steps[name], device) / 2**20 for name in steps}
     seconds = timing.take_turns(steps, rounds=2 if quick else 6, now=now)
     seconds = {name: each[1:] for name, each in seconds.items()}  # the first warms up
     for name in others:
         single, many = (timing.median(seconds[each]).median for each in (alone, name))
         notes = {"seconds": many, "alone_seconds": single, "error": errors[name],
                  "peak_mib": peaks[name], "alone_peak_mib": peaks[alone]}  # fmt: skip
-        speedup = _short(1 / timing.ratio(seconds[name], seconds[alone]).median)
-        yield name, {"held": {"speedup": speedup}, "notes": {key: _short(value) for key, value in notes.items()}}
-
-
-def _peak(step: Callable[[], Tensor], device: torch.device) -> float:
-    """MiB above what was held before; 0 on the CPU."""
-    if device.type != "cuda":
-        return 0.0
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        speedup = suite.short(1 / timing.ratio(seconds[name], seconds[alone]).median)
+        yield name, {"held": {"speedup": speedup}, "notes": {key: suite.short(value) for key, value in notes.items()}}
 
 
 def _link(device: torch.device, *, quick: bool) -> float:
@@ -246,10 +236,6 @@ def _link(device: torch.device, *, quick: bool) -> float:
         dist.all_to_all_single(received, sent)
         seconds.append(clock() - begin)
     return sent[1:].nbytes / min(seconds) / 1e9
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.5g}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

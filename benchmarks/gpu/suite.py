@@ -128,7 +128,7 @@ class Suite:
         metrics: Held = {"peak_mib": round(peak / 2**20, 2)}
         notes: Notes = {
             "predicted_mib": round(predicted / 2**20, 2),
-            "seconds": _short(seconds),
+            "seconds": short(seconds),
             "commit": self._commit,
         }
         verdict = self._compare(case, metrics, notes)
@@ -159,13 +159,13 @@ class Suite:
     ) -> tuple[Held, Notes]:
         ours, theirs = (timing.median(seconds[name]).median for name in (OURS, PEER))
         held: Held = {
-            "ratio": _short(timing.ratio(seconds[OURS], seconds[PEER]).median),
-            "percent_of_ceilings": _short(100 * measure.floor_seconds(case, self.described) / ours),
+            "ratio": short(timing.ratio(seconds[OURS], seconds[PEER]).median),
+            "percent_of_ceilings": short(100 * measure.floor_seconds(case, self.described) / ours),
             "peak_mib": round(seen.peak_bytes / 2**20, 2),
             **({} if seen.launches is None else {"launches": seen.launches}),
         }
         others = {"seconds": ours, "peer_seconds": theirs, **facts}
-        return held, {**{name: _short(value) for name, value in others.items()}, "commit": self._commit}
+        return held, {**{name: short(value) for name, value in others.items()}, "commit": self._commit}
 
     @property
     def _commit(self) -> str:
@@ -241,7 +241,7 @@ def _calls(case: Case) -> Callable[..., models.Step]:
     return models.loop if case.part == "loop" else models.step
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     """Five digits."""
     return float(f"{value:.5g}")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cogx_fast.attention.exchange import Exchange
 from cogx_fast.attention.masks import SparseBlocks
-from cogx_fast.model.transformer import Block, CogVideoXTransformer, Conditioning
+from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.attached import Attached, name_of, named, on_modules, patched_forward, refuse
 from cogx_fast.runtime.calls import Calls, describe_call
 from cogx_fast.runtime.kinds import kind_of, own
@@ -312,25 +312,11 @@ def refuse_untraceable(slots: Slots) -> None:
 
 
 def _own_begin(
-    patches_BVP: Tensor,
-    text_BTE: Tensor,
-    timestep_B: Tensor,
-    ofs_B: Tensor | None,
-    position_1SD: Tensor | None,
-    order_V: Tensor | None,
-    conditioning: Conditioning | None,
+    patches_BVP: Tensor, text_BTE: Tensor, timestep_B: Tensor, ofs_B: Tensor | None, *ours: Any
 ) -> tuple[Any, ...]:
-    """What begin is given in objects of our own to mark; positions and order are."""
-    ofs_B = None if ofs_B is None else _per_video(ofs_B)
-    return (
-        _own(patches_BVP),
-        _own(text_BTE.contiguous()),
-        _per_video(timestep_B),
-        ofs_B,
-        position_1SD,
-        order_V,
-        conditioning,
-    )
+    """What begin is given in objects of our own to mark; positions, order and conditioning are."""
+    times = _per_video(timestep_B), None if ofs_B is None else _per_video(ofs_B)
+    return _own(patches_BVP), _own(text_BTE.contiguous()), *times, *ours
 
 
 def _own_head(x_BVD: Tensor, out_B2D: Tensor) -> tuple[Any, ...]:

@@ -78,7 +78,7 @@ class Pattern(NamedTuple):
     """The second half of the batch alone."""
 
     def __str__(self) -> str:
-        return f"{self.blocks} blocks{' of one half' * self.conditional}"
+        return f"{self.blocks} block{'s' * (self.blocks != 1)}{' of one half' * self.conditional}"
 
     def compute(
         self, compute: ComputeBlocks, x_BSD: Tensor, stand_in: Tensor | None, difference: Tensor | None
@@ -141,7 +141,7 @@ def _mix(schedule: StepSchedule, step: int, kept: Sequence[_Kept]) -> Tensor:
 
 
 @dataclass
-class _Generation:
+class Generation:
     """One generation in one thread: its timesteps, its schedule, what it keeps."""
 
     timesteps: Tensor
@@ -178,7 +178,7 @@ class Step:
     pattern: Pattern
     stand_in: Tensor | None = None
     difference: Tensor | None = None
-    generation: _Generation | None = None
+    generation: Generation | None = None
     """That is told what the blocks added; None: none is."""
     number: int = -1
     """In the generation."""
@@ -276,7 +276,7 @@ class StepCache:
         if place is None:
             self._tell("the timestep is no view of a scheduler's timesteps")
             return whole
-        states: dict[str, _Generation] = self._state.__dict__
+        states: dict[str, Generation] = self._state.__dict__
         generation = states.get(_context.get())
         if generation is None or not generation.is_of(place) or place.step < generation.step:
             generation = states[_context.get()] = self._generation(model, inputs, place)
@@ -296,10 +296,10 @@ class StepCache:
             return Step(whole.pattern, generation=generation, number=place.step)
         return _step(generation.schedule, generation)
 
-    def _generation(self, model: CogVideoXTransformer, inputs: Inputs, place: Place) -> _Generation:
+    def _generation(self, model: CogVideoXTransformer, inputs: Inputs, place: Place) -> Generation:
         timesteps: list[float] = place.timesteps.tolist()  # waits for the device, once in a generation
         size = inputs.latents_BFCHW.shape, inputs.text_BTE.shape
-        generation = _Generation(place.timesteps, place.timesteps._version, size, None)
+        generation = Generation(place.timesteps, place.timesteps._version, size, None)
         if any(later >= earlier for earlier, later in itertools.pairwise(timesteps)):
             self._tell("the timestep's memory holds no falling timesteps")
             generation.is_known = False
@@ -314,35 +314,6 @@ class StepCache:
             warnings.warn(f"{why}, so the step cache does not know the step and computes it whole", stacklevel=2)
 
 
-class Rehearsal(StepCache):
-    """Takes every call for a step of one kind, with nothing in what is filled in: to compile it (``measure.explain``).
-
-    Args:
-        cache: whose strategy it is.
-        pattern: what its steps compute.
-    """
-
-    def __init__(self, cache: StepCache, pattern: Pattern) -> None:
-        super().__init__(cache.strategy)
-        self._pattern = pattern
-
-    def begin(self, model: CogVideoXTransformer, inputs: Inputs) -> Step:
-        """As ``StepCache.begin``."""
-        latents_BFCHW, text_BTE = inputs.latents_BFCHW, inputs.text_BTE
-        batch, frames, _, height, width = latents_BFCHW.shape
-        patch = model.patch_embed.patch_size**2 * (model.patch_embed.patch_size_t or 1)
-        tokens, dim = text_BTE.shape[1] + frames * height * width // patch, model.norm_final.normalized_shape[0]
-        is_whole, is_alone = self._pattern.blocks == len(model.transformer_blocks), self._pattern.conditional
-        filled_in, difference = (latents_BFCHW.new_empty(batch // (1 + is_alone), tokens, dim) for _ in range(2))
-        size = latents_BFCHW.shape, text_BTE.shape
-        return Step(
-            self._pattern,
-            None if is_whole else filled_in,
-            difference if is_alone else None,
-            _Generation(inputs.timestep_B, 0, size, None),
-        )
-
-
 def _is_guided(inputs: Inputs) -> bool:
     """Whether both halves of the batch begin with the same noise. With a mask, which may be each half's own: no."""
     latents_BFCHW = inputs.latents_BFCHW
@@ -351,7 +322,7 @@ def _is_guided(inputs: Inputs) -> bool:
     return torch.equal(*latents_BFCHW.chunk(2))  # waits for the device, as reading the timesteps did
 
 
-def _step(schedule: StepSchedule, generation: _Generation) -> Step:
+def _step(schedule: StepSchedule, generation: Generation) -> Step:
     number, difference = generation.step, generation.difference
     blocks, kept = schedule.blocks[number], None
     whole = Step(Pattern(schedule.num_layers, schedule.starts), generation=generation, number=number)
@@ -386,7 +357,7 @@ def _filled_in(schedule: StepSchedule, step: int) -> set[int]:
 
 
 def _by_first_block(
-    threshold: float, generation: _Generation, compute: ComputeBlocks, x_BSD: Tensor, num_layers: int
+    threshold: float, generation: Generation, compute: ComputeBlocks, x_BSD: Tensor, num_layers: int
 ) -> Tensor:
     step = generation.step
     first_BSD = compute(x_BSD, 0, 1)
@@ -401,4 +372,4 @@ def _by_first_block(
     return x_BSD
 
 
-__all__ = ["Pattern", "Place", "Rehearsal", "Step", "StepCache", "context", "patterns", "place_of"]
+__all__ = ["Generation", "Pattern", "Place", "Step", "StepCache", "context", "patterns", "place_of"]

@@ -227,7 +227,7 @@ def test_each_kind_of_step_of_a_step_cache_is_compiled(scope: Any) -> None:
         StepSchedule(blocks=(2, 2, 1, 2, 2, 1), num_layers=2, forecast="reuse", unconditional=(1, 1, 0, 0, 1, 0))
     )
     found = model.explain(FIRST, SECOND, compile=CompileConfig(backend="eager", scope=scope))
-    steps = ["", "", "1 blocks", "2 blocks of one half", "1 blocks of one half"]
+    steps = ["", "", "1 block", "2 blocks of one half", "1 block of one half"]
     assert [size.step for size in found.sizes] == steps
     assert not found.breaks
     assert not found.recompiles
@@ -238,7 +238,7 @@ def test_each_kind_of_step_of_a_step_cache_is_compiled(scope: Any) -> None:
         assert [graph.runs_at for graph in found.graphs] == [
             (1, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1)
         ]  # fmt: skip
-    assert "2 × 13 × 96 × 80 in a step of 1 blocks of one half" in str(found)
+    assert "2 × 13 × 96 × 80 in a step of 1 block of one half" in str(found)
 
 
 def test_a_model_without_values_takes_no_memory_for_them() -> None:

@@ -305,7 +305,7 @@ def test_a_graph_of_the_whole_step_goes_with_what_is_settled_before_it() -> None
     compile_model(model, CompileConfig(scope="model", backend="eager"))
     with pytest.raises(StepCacheError, match=r"5 kinds of steps .*4 at most.*scope='block'"):
         model.set_step_cache(schedule(4, 0, 1, 2, 3))
-    with pytest.raises(StepCacheError, match=r"6 kinds of steps .*1 blocks of one half"):
+    with pytest.raises(StepCacheError, match=r"6 kinds of steps .*1 block of one half"):
         model.set_step_cache(schedule(4, 0, 1, unconditional=(1, 0, 0)))
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from cogx_fast.measure.explain.capture import Capture
+from cogx_fast.measure.explain.rehearsal import Rehearsal
 from cogx_fast.measure.explain.report import CacheUse, Explanation, Size
-from cogx_fast.runtime.step_cache import Rehearsal, StepCache
+from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.sizes import choose_video, default_video, padded_latent_frames
 
 if TYPE_CHECKING:
