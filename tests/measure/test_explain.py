@@ -16,11 +16,14 @@ from cogx_fast import CompileConfig, sizes
 from cogx_fast.measure import costs
 from cogx_fast.measure.explain import Explanation, empty_model, explain
 from cogx_fast.measure.explain.capture import Capture, Clock
+from cogx_fast.measure.explain.rehearsal import Rehearsal
 from cogx_fast.measure.explain.report import Graph
 from cogx_fast.runtime.compile import compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.step_cache import Step, StepCache
 from cogx_fast.runtime.step_schedule import StepSchedule
 from tests.conftest import report, run_cli
+from tests.runtime import generations
 from tests.support import inputs, small
 
 AROUND_PRODUCTS = 7
@@ -239,6 +242,31 @@ def test_each_kind_of_step_of_a_step_cache_is_compiled(scope: Any) -> None:
             (1, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1)
         ]  # fmt: skip
     assert "2 × 13 × 96 × 80 in a step of 1 block of one half" in str(found)
+
+
+def test_a_rehearsed_step_is_given_what_a_generation_gives_it() -> None:
+    """Of each kind of step: as much to fill in, and for the other half, as there is in a real one."""
+    model = generations.make()
+    model.set_step_cache(generations.schedule(4, 4, 1, 4, 4, 0, unconditional=(1, 1, 0, 0, 1, 0), forecast="reuse"))
+    cache = model.runner.slots.reuse
+    assert isinstance(cache, StepCache)
+    seen: list[tuple[str, list[Any], list[Any]]] = []
+
+    def shapes(step: Step) -> list[Any]:
+        return [None if each is None else (each.shape, each.dtype) for each in (step.stand_in, step.difference)]
+
+    def begin(model: CogVideoXModel, inputs: Any) -> Step:
+        step = StepCache.begin(cache, model, inputs)
+        rehearsed = Rehearsal(cache, step.pattern).begin(model, inputs)
+        seen.append((str(step.pattern), shapes(step), shapes(rehearsed)))
+        return step
+
+    cache.begin = begin  # type: ignore[method-assign,assignment]
+    generations.generate_guided(model, generations.timesteps(6))
+    alone = {str(pattern) for pattern in cache.patterns(4) if pattern.conditional}
+    assert {pattern for pattern, _, _ in seen} == {"4 blocks"} | alone
+    for pattern, real, rehearsed in seen:
+        assert real == rehearsed, pattern
 
 
 def test_a_model_without_values_takes_no_memory_for_them() -> None:
