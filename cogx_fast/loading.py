@@ -18,7 +18,7 @@ from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
 from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.auto_attention import AttentionFor
 from cogx_fast.runtime.baked import read_schedule
-from cogx_fast.runtime.runner import Whole
+from cogx_fast.runtime.sharded import check_shards, is_asked_for
 from cogx_fast.runtime.source import check_source
 from cogx_fast.runtime.step_schedule_file import choose_strategy
 from cogx_fast.runtime.streaming import Offload, check_offload, stream_blocks
@@ -99,7 +99,8 @@ def load(
             fewer blocks), "teacache:0.2", "mask:1,1,0,…", the .toml file of a schedule, or "first-block:0.08", which
             decides step by step. Not with ``scope="model"``.
         parallel: share each step with the other processes of a job (``torchrun``), all of which call this: a
-            ``ParallelConfig(guidance=2, sequence=4)``, or a ``DeviceMesh`` with these dimensions. Not with
+            ``ParallelConfig(guidance=2, sequence=4)``, or a ``DeviceMesh`` with these dimensions. With
+            ``shard_weights=True`` each keeps its share of the blocks' weights alone (``runtime.sharded``). Not with
             ``scope="model"``.
         compile: compile the model, with the default ``CompileConfig`` or a given one.
         compile_cache: start warm from this file, which ``model.save_compile_cache`` wrote: its code is run, so take it
@@ -136,6 +137,7 @@ def load(
         StepCacheError: (a ValueError) a step schedule that is none, before anything is loaded, or another model's.
         PlanError: (a ValueError) an attention plan that is none, or another model's.
         ValueError: an attention backend that is not known or cannot run here; the message says what to do.
+        ShardError: (a ValueError) sharded weights do not go with ``quant``; before anything is loaded.
         OffloadError: (a ValueError) ``offload`` does not go with the rest; before anything is loaded.
         ScheduleError: (a ValueError) ``schedule`` is none; before anything is loaded.
         LoraError: (a ValueError) a LoRA file that is damaged, another model's, or of a kind that cannot be merged.
@@ -144,6 +146,7 @@ def load(
     if compile_cache is not None and not compile:
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
     check_offload(offload, compile, parallel)
+    check_shards(parallel, quant)
     if schedule is not None:
         read_schedule(schedule)
     if step_cache is not None:
@@ -156,7 +159,7 @@ def load(
         model_class(),
         config=config,
         dtype=dtype,
-        device=device,
+        device=None if is_asked_for(parallel) else device,  # what is to be shared is never whole there
         attention="flex" if attention == "auto" and attention_plan is not None else attention,  # it takes plans
         compiled=bool(compile),
         quant=quant,
@@ -172,6 +175,8 @@ def load(
         check=running.check,
     )
     running.set_on(model)
+    if is_asked_for(parallel) and device is not None:
+        model.to(read_device(device))
     if not compile:
         _warn_if_slow(model)
     if compile_cache is not None:
@@ -189,7 +194,7 @@ class _Running:
     step_cache: StepSchedule | str | os.PathLike[str] | None
     parallel: ParallelConfig | DeviceMesh | None
     compile: bool | CompileConfig
-    split: Whole | None = None
+    split: Any = None
     """What ``parallel`` came to: made once, since the ranks' groups are."""
 
     def check(self, model: CogVideoXModel) -> None:
@@ -212,6 +217,8 @@ class _Running:
             model.set_step_cache(self.step_cache)
         if self.split is not None:
             model.runner.use(dataclasses.replace(model.runner.slots, split=self.split))
+            if is_asked_for(self.parallel):
+                self.split.shard_weights(model)
         elif self.parallel is not None:
             model.set_parallel(self.parallel)
             self.split = model.runner.slots.split

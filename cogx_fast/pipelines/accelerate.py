@@ -14,6 +14,7 @@ from cogx_fast.loading import load, read_dtype
 from cogx_fast.pipelines.budget import BudgetError, fit, foresee, read_memory
 from cogx_fast.pipelines.placement import Placement
 from cogx_fast.pipelines.shared_decode import check_decode, share_decode, without_decode
+from cogx_fast.runtime.sharded import is_asked_for
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import Given
 
@@ -54,6 +55,8 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
         read_memory(memory)
         if not torch.cuda.is_available():
             raise BudgetError(f"memory={memory!r} is a budget of a GPU's memory, but there is none: leave it out")
+        if is_asked_for(options.get("parallel")):
+            raise BudgetError(f"memory={memory!r} lays out whole weights, and shard_weights=True shares them: use one")
     transformer: Any = getattr(pipe, "transformer", None)
     if not isinstance(transformer, nn.Module):
         raise ValueError(
@@ -65,6 +68,8 @@ def accelerate(pipe: Pipeline, *, memory: int | str | None = None, **options: An
     placement = Placement(transformer)
     if options.get("offload") is not None:
         placement.refuse_layers(f"offload={options['offload']!r} streams the blocks itself")
+    if is_asked_for(options.get("parallel")):
+        placement.refuse_hooks("shard_weights=True places its shares itself")
     if memory is not None:
         placement.refuse_layers("memory=... lays it out itself")
         recipe = foresee(

@@ -67,6 +67,17 @@ class Placement:
                 "pipe.remove_all_hooks() first, and pipe.enable_model_cpu_offload() after accelerate for the rest"
             )
 
+    def refuse_hooks(self, why: str) -> None:
+        """Refuse a model that accelerate places or offloads.
+
+        Raises:
+            AttachedError: (a ValueError) it does.
+        """
+        if self.has_hooks:
+            raise AttachedError(
+                f"accelerate's hooks place the pipeline's transformer, but {why}: call pipe.remove_all_hooks() first"
+            )
+
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """Without the hooks, and with the weights that they hold; afterwards the model is exactly as it was."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cogx_fast.runtime.tensors import is_wrapper
+
 _serial = itertools.count()
 
 
@@ -24,9 +26,8 @@ def kind_of(block: nn.Module) -> Any:
 
 def _kind_of_tensor(tensor: Tensor) -> tuple[Any, ...]:
     kind: tuple[Any, ...] = (type(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
-    flatten: Any = getattr(tensor, "__tensor_flatten__", None)  # a subclass that holds other tensors: quantized ones
-    if flatten is not None:
-        names, context = flatten()
+    if is_wrapper(tensor):  # holds other tensors: a quantized one
+        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # such a one has that
         inner = ((name, getattr(tensor, name)) for name in names)
         kind += (repr(context), tuple((name, _kind_of_tensor(value)) for name, value in inner))
     return kind

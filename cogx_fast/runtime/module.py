@@ -22,6 +22,7 @@ from cogx_fast.runtime.baked import BakedSchedule, read_schedule
 from cogx_fast.runtime.inputs import Preparation
 from cogx_fast.runtime.quantized import follow_dtype
 from cogx_fast.runtime.runner import Runner, compute_all
+from cogx_fast.runtime.sharded import check_conversion, refuse_moved, refuse_sharded
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import StepSchedule
 from cogx_fast.runtime.step_schedule_file import choose_strategy
@@ -180,6 +181,7 @@ class CogVideoXModel(CogVideoXTransformer):
             AttachedError: (a ValueError) something that would do nothing here, or cannot be compiled with the model.
         """
         check_own(self)
+        refuse_moved(self)
         self.runner.follow_attached(self)
         self._attached.note(self)
 
@@ -190,6 +192,7 @@ class CogVideoXModel(CogVideoXTransformer):
         return TransformerOutput(sample)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CogVideoXModel:
+        check_conversion(self, fn)
         self.merged.look(self)
         with kept_on_host(self, fn):
             super()._apply(fn, recurse)
@@ -216,6 +219,7 @@ class CogVideoXModel(CogVideoXTransformer):
             raise ValueError(f"layout is {layout!r}, expected 'diffusers', or None for this model's own names")
         if arguments or options.get("destination") is not None:
             raise ValueError("destination is given with a layout: leave it out, and update it with what is returned")
+        refuse_sharded(self, "state_dict(layout='diffusers')", "leave out layout, which gives each rank its shards")
         from cogx_fast.weights.state import in_upstream_names
 
         own = super().state_dict(keep_vars=options.get("keep_vars", False))
@@ -248,16 +252,23 @@ class CogVideoXModel(CogVideoXTransformer):
             loras: as of ``load``.
 
         Raises:
+            ShardError: (a ValueError) the weights are sharded.
             LoraError: (a ValueError) a file that cannot be merged, or the weights without LoRAs are not to be had: the
                 model was trained since, or quantized from a live one whose files are not there. Nothing is changed.
             FileNotFoundError: a file is not there.
         """
+        refuse_sharded(self, "set_loras", "load it again with loras=...")
         self.merged.exchange(self, read_loras(loras, self._config))
 
     # -- copies, in this process and in others -------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: all but the compiled code, which stays with its model; a copy compiles anew."""
+        """What is copied and pickled: all but the compiled code, which stays with its model; a copy compiles anew.
+
+        Raises:
+            ShardError: (a ValueError) its weights are sharded.
+        """
+        refuse_sharded(self, "a copy", "load the model again")
         self.merged.look(self)
         return {**self.__dict__, "runner": self.runner.for_copy()}
 

@@ -28,6 +28,7 @@ from cogx_fast.attention.masks import SparseBlocks
 from cogx_fast.attention.plan import hash_config
 from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.runtime.runner import ForBlocks, Inputs, Slots, Whole
+from cogx_fast.runtime.sharded import check_shardable, refuse_sharded, shard_blocks, sharded
 from cogx_fast.runtime.step_cache import StepCache, place_of
 from cogx_fast.runtime.step_schedule import FirstBlock
 from cogx_fast.runtime.tensors import leaves
@@ -56,6 +57,8 @@ class ParallelConfig:
     """Ranks that share the tokens of a video; a divisor of the model's heads."""
     decode: bool = False
     """Whether the ranks also share the tiles that a pipeline's VAE decodes (``accelerate``), which turns tiling on."""
+    shard_weights: bool = False
+    """Whether each rank keeps only its share of the blocks' weights (FSDP2), for GPUs that cannot hold the model."""
     lost_after: float = 12.0
     """Seconds without a sign of life after which a rank is lost and the job ends."""
 
@@ -88,6 +91,7 @@ def parallelize(model: CogVideoXModel, parallel: ParallelConfig | DeviceMesh | N
         ValueError: it does not fit the model, its slots or the number of ranks.
     """
     runner = model.runner
+    refuse_sharded(model, "set_parallel", "load the model again, with another ParallelConfig")
     if parallel is None:
         return runner.use(replace(runner.slots, split=Whole()))
     heads = model.config.num_attention_heads
@@ -116,8 +120,11 @@ def parallelize(model: CogVideoXModel, parallel: ParallelConfig | DeviceMesh | N
             f"guidance={guidance}, sequence={sequence} is for {guidance * sequence} ranks, and the job has {job.size}: "
             f"use torchrun --nproc-per-node {guidance * sequence}, or share it otherwise"
         )
-    mesh = parallel if not isinstance(parallel, ParallelConfig) else _mesh(guidance, sequence)
-    return runner.use(replace(runner.slots, split=Split(_part(mesh, "guidance"), _part(mesh, "sequence"), job)))
+    mesh = parallel if not isinstance(parallel, ParallelConfig) else _mesh((guidance, sequence), _NAMES)
+    split = Split(_part(mesh, "guidance"), _part(mesh, "sequence"), job)
+    if isinstance(parallel, ParallelConfig) and parallel.shard_weights:
+        split.shard_weights(model)
+    return runner.use(replace(runner.slots, split=split))
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,21 @@ class Split(Whole):
                 "the step schedule takes the halves of a guided batch apart, which parallel shares out: use one "
                 "without 'unconditional'"
             )
+
+    def shard_weights(self, model: CogVideoXModel) -> None:
+        """Have each rank keep its share of the blocks' weights, for good. A model on the meta device stays as it is.
+
+        Raises:
+            DisagreementError: ranks have different models; none is changed then.
+            ShardError: (a ValueError) its weights cannot be divided.
+        """
+        check_shardable(model)
+        if model.device.type == "meta":
+            return
+        with self._ranks.together():
+            facts = _describe_model(model)
+            self._ranks.agree(facts)
+            shard_blocks(model, _mesh((self._ranks.size,), ("weights",)), facts["weights"])
 
     # -- the batch ----------------------------------------------------------------------------------------------------
 
@@ -292,14 +314,14 @@ class Split(Whole):
 def _describe_model(model: Any) -> dict[str, str]:
     from quant import recipe_of
 
-    recipe = recipe_of(model)
+    recipe, shards = recipe_of(model), sharded(model)
     reuse = model.runner.slots.reuse
     inexact = [name for name in model.attention_backends if not BACKENDS[name].exact]
     compilation = model.runner.compilation
     return {
         "model": hash_config(model.config),
         "dtype": str(model.dtype),
-        "weights": digest_weights(model),
+        "weights": digest_weights(model) if shards is None else shards.digest,
         "recipe": "none" if recipe is None else f"{recipe.name} {_hash(recipe.to_toml())}",
         "step cache": _hash(repr(reuse.strategy)) if isinstance(reuse, StepCache) else "none",
         "attention plan": "none" if model.attention_plan is None else _hash(repr(model.attention_plan)),
@@ -337,12 +359,12 @@ def _sizes_of(mesh: DeviceMesh) -> tuple[int, int]:
     return sizes.get("guidance", 1), sizes.get("sequence", 1)
 
 
-def _mesh(guidance: int, sequence: int) -> DeviceMesh:
+def _mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     on_cuda = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config())
-    return init_device_mesh("cuda" if on_cuda else "cpu", (guidance, sequence), mesh_dim_names=_NAMES)
+    return init_device_mesh("cuda" if on_cuda else "cpu", shape, mesh_dim_names=names)
 
 
 def _part(mesh: DeviceMesh, name: str) -> Part:

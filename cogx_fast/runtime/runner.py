@@ -4,7 +4,7 @@
 |---|---|---|
 | call_block | how a block is computed | eager (here); compiled (``compiled``); packaged (``package``) |
 | begin, head | the same of what is before and after them | eager (``model.transformer``); compiled (``compiled``) |
-| residency | where a block's weights are when it is called | on the device (here); streamed to it (``streaming``) |
+| residency | where a block's weights are when it is called | here; on the host (``streaming``); shared (``sharded``) |
 | reuse | which blocks a step computes | all of them (here); as a schedule says (``step_cache``) |
 | split | which part of a step this process computes | all of it (here); of the batch, of the stream (``parallel``) |
 

@@ -1,4 +1,7 @@
-"""A block's weights as plain tensors, which compiled code takes: a quantized weight is several."""
+"""A block's weights as plain tensors, which compiled code takes: a quantized weight is several.
+
+A sharded one (DTensor) counts as plain: it is whole when compiled code takes it.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def named_weights(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def unflatten(like: Any, values: Iterator[Tensor]) -> Tensor:
     """A tensor of the kind of ``like`` from plain ones, in the order of ``leaves``."""
-    if not _is_wrapper(like):
+    if not is_wrapper(like):
         return next(values)
     names, context = like.__tensor_flatten__()
     inner = {name: unflatten(getattr(like, name), values) for name in names}
@@ -94,7 +97,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 def _paths(tensor: Any, prefix: str = "") -> Iterator[str]:
     """Where in a weight its plain tensors are, as attributes with dots between; a plain one is all of itself."""
-    if not _is_wrapper(tensor):
+    if not is_wrapper(tensor):
         yield prefix.removesuffix(".")
         return
     names, _ = tensor.__tensor_flatten__()
@@ -102,16 +105,26 @@ def _paths(tensor: Any, prefix: str = "") -> Iterator[str]:
         yield from _paths(getattr(tensor, name), f"{prefix}{name}.")
 
 
-def _is_wrapper(tensor: Any) -> bool:
-    return bool(is_traceable_wrapper_subclass(tensor))
+def is_wrapper(tensor: Any) -> bool:
+    """Whether a weight is made of other tensors."""
+    return bool(is_traceable_wrapper_subclass(tensor)) and not hasattr(tensor, "full_tensor")
 
 
 def _describe(tensor: Any) -> str:
-    if not _is_wrapper(tensor):
+    if not is_wrapper(tensor):
         return f"{tensor.dtype} {tuple(tensor.shape)}"
     names, context = tensor.__tensor_flatten__()
     inner = ", ".join(f"{name}: {_describe(getattr(tensor, name))}" for name in names)
     return f"{type(tensor).__name__}({inner}; {context})"
 
 
-__all__ = ["OTHER_WEIGHTS", "Weights", "hash_block", "leaves", "named_weights", "plain_tensors", "unflatten"]
+__all__ = [
+    "OTHER_WEIGHTS",
+    "Weights",
+    "hash_block",
+    "is_wrapper",
+    "leaves",
+    "named_weights",
+    "plain_tensors",
+    "unflatten",
+]
