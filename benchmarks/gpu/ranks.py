@@ -140,10 +140,11 @@ def _work(model: str, device: torch.device, *, quick: bool) -> Work:
 
 
 def _steps(model: str, device: torch.device, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A model of one layer in every mesh of the job's ranks."""
+    """A model of one layer in every mesh of the job's ranks, and in one with its block's weights sharded."""
     work = _work(model, device, quick=quick)
     compiled = CompileConfig(backend="aot_eager" if quick else "inductor", strict=True)
-    ours = load(models.perturb(contest.random_upstream(work)), attention="sdpa", compile=compiled)
+    source = models.perturb(contest.random_upstream(work))
+    ours = load(source, attention="sdpa", compile=compiled)
     splits: dict[str, Any] = {"alone": Whole()}
     size, heads = dist.get_world_size(), work.config.num_attention_heads
     meshes = {f"{guidance}x{size // guidance}": {"guidance": guidance, "sequence": size // guidance}
@@ -154,14 +155,21 @@ def _steps(model: str, device: torch.device, quick: bool) -> Iterator[tuple[str,
     arguments = contest.call_arguments(work.config, work.tokens, BATCH, work.dtype, device)
     timesteps = torch.linspace(LAST_TIMESTEP, 1, CALLS).round().long().to(device)  # a call's is a view of them
 
-    def generate(split: Any) -> Tensor:
-        ours.runner.use(dataclasses.replace(ours.runner.slots, split=split))
+    def generate(model: Any, split: Any) -> Tensor:
+        model.runner.use(dataclasses.replace(model.runner.slots, split=split))
         calls = [arguments | {"timestep": each.expand(BATCH)} for each in timesteps]
-        return [contest.run(ours, each) for each in calls][-1]
+        return [contest.run(model, each) for each in calls][-1]
 
-    steps = {name: functools.partial(generate, split) for name, split in splits.items()}
+    steps = {name: functools.partial(generate, ours, split) for name, split in splits.items()}
+    for name, mesh in list(meshes.items())[:1]:
+        parallel = ParallelConfig(**mesh, shard_weights=True)
+        sharded = load(source, attention="sdpa", compile=compiled, parallel=parallel)
+        meshes[f"{name}-sharded"] = mesh
+        steps[f"{name}-sharded"] = functools.partial(generate, sharded, sharded.runner.slots.split)
     for name, found in _compare(steps, device, quick):
         sent = sum(part.sent for part in roofline.parts(work.config, work.tokens, batch=BATCH, **meshes[name]))
+        if name.endswith("-sharded"):
+            sent += sum(each.nbytes for each in ours.transformer_blocks.parameters()) * (size - 1) // size
         found["notes"] |= {"sent_mib_a_step": suite.short(sent / 2**20), "steps": CALLS}
         yield f"block/{name}", found
 

@@ -69,7 +69,8 @@ def test_where_there_are_several_gpus_each_mesh_is_timed_beside_one(
     assert runner.main(arguments) == 0
     rows = gate.read(tmp_path / "cpu.csv")
     assert {case for case, _ in rows} == {
-        gate.VERSIONS, "tiny/ranks/block/1x2", "tiny/ranks/block/2x1", "tiny/ranks/decode/2"
+        gate.VERSIONS, "tiny/ranks/block/1x2", "tiny/ranks/block/1x2-sharded",
+        "tiny/ranks/block/2x1", "tiny/ranks/decode/2"
     }  # fmt: skip
     assert all(float(rows[case, "error"].value) <= ranks.LIMIT for case, metric in rows if metric == "speedup")
     better = gate.Row("tiny/ranks/decode/2", "speedup", "99.0", "0.05")
