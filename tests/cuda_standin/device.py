@@ -31,6 +31,8 @@ FEW_CANDIDATES = {"test_configs.max_mm_configs": 2}
 """Options of a mode that times: of what Triton would try, so many for each product. The library's stay."""
 IS_ONE_APART = torch.__version__ < "2.12"
 """torch cannot be told that a batch is 1 or more: one has a graph of its own."""
+STOPS_AT_VIEWS = torch.__version__ < "2.12"
+"""torch joins nothing to a product that reads its result as another shape: the residual, where a block ends."""
 BLOCK_PRODUCTS = 4
 """Of a block: query, key and value; attention's output; the feed-forward's two."""
 

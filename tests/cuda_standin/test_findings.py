@@ -20,7 +20,15 @@ from benchmarks.standin import journal
 from cogx_fast.runtime.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.recompiles import watch_compilation
-from tests.cuda_standin.device import IS_ONE_APART, attention_kernels, call, checkpoint, full_width, model
+from tests.cuda_standin.device import (
+    IS_ONE_APART,
+    STOPS_AT_VIEWS,
+    attention_kernels,
+    call,
+    checkpoint,
+    full_width,
+    model,
+)  # fmt: skip
 from tests.support import AROUND, inputs
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -190,8 +198,8 @@ def test_int8_products_of_real_widths_write_no_sums(preset: str, timed: list[tup
     sizes = {"frames": 1, "height": 32, "width": 48}
     found, codes = run_and_get_code(call, whole, **sizes)
     assert sum("triton_tem" in name for name in found.triton.elements()) >= 4
-    assert codes
-    assert not any("torch.int32" in code for code in codes), "an int32 buffer holds a product's sums"
+    buffers = sum(code.count(", torch.int32)") for code in codes)
+    assert buffers == (1 if STOPS_AT_VIEWS else 0), "int32 buffers of products' sums"
 
 
 def test_products_that_are_not_quantized_keep_the_librarys_kernel(timed: list[tuple[str, int, int]]) -> None:
