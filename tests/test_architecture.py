@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import for_each
+
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = Path(__file__).with_name("import_probe.py")
+PRIVATE_NAMES = Path(__file__).with_name("private_names.py")
 HEAVY = {
     "accelerate", "diffusers", "huggingface_hub", "imageio", "matplotlib", "peft", "PIL", "torchao", "transformers"
 }  # fmt: skip
@@ -21,6 +24,7 @@ ON_DIFFUSERS = tuple(f"cogx_fast.runtime.{name}" for name in ("diffusers_model",
 COMPILER = ("torch._dynamo", "torch._inductor")
 COMPILER_OWNERS = (
     "cogx_fast/runtime/compile.py",
+    "cogx_fast/runtime/recorder.py",  # its part that notes what was compiled
     "cogx_fast/runtime/warm_start.py",  # what Inductor left on the disk, and where the next process looks for it
     "cogx_fast/runtime/export.py",  # compiles ahead of time
     "cogx_fast/runtime/calls.py",  # its part that holds torch's flags during a call
@@ -243,13 +247,13 @@ def plant(root: Path, path: str, text: str) -> None:
     (root / path).write_text(text)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@for_each("rule", RULES)
 def test_the_sources_keep_the_rule(rule):
     assert rule(ROOT) == []
 
 
-@pytest.mark.parametrize(
-    ("rule", "path", "text"),
+@for_each(
+    "rule, path, text",
     [
         (check_directions, "cogx_fast/config.py", "import cogx_fast.model"),
         (check_directions, "cogx_fast/model/a.py", "from cogx_fast.runtime import module"),
@@ -286,8 +290,8 @@ def test_a_planted_violation_is_reported(rule, path, text, tmp_path):
     assert all(line.startswith(f"{path}:") for line in found)
 
 
-@pytest.mark.parametrize(
-    ("path", "text"),
+@for_each(
+    "path, text",
     [
         ("cogx_fast/model/a.py", "from cogx_fast.config import TransformerConfig\nfrom .b import f\nimport os"),
         ("cogx_fast/runtime/a.py", "def f():\n    from cogx_fast.weights import layout"),
@@ -362,3 +366,26 @@ def test_an_import_that_does_something_is_reported(tmp_path):
     for name, (_, what) in planted.items():
         assert any(line.startswith(f"planted.{name}: {what}") for line in found), (name, found)
     assert {line.split(":")[0] for line in found} == {f"planted.{name}" for name in planted}
+
+
+# -------------------------------------------------------------------------------------------- torch's private names
+
+
+def test_the_package_is_imported_and_runs_eagerly_where_torchs_private_names_are_others(tmp_path):
+    allowed = "import torch.nn.functional as F; F.linear; __version__ = F.torch.__version__"
+    used = [
+        "from torch import _dynamo",
+        "from torch._dynamo import config",
+        "from torch.utils import _pytree",
+        "from torch.utils._python_dispatch import TorchDispatchMode",
+        "import torch._inductor.config as config",
+        "import torch; torch._C",
+        "import torch.nn.functional as F; F._in_projection",
+        "import torch; torch.ops._c10d_functional",
+    ]
+    command = [sys.executable, "-W", "ignore", str(PRIVATE_NAMES), *used, allowed]
+    child = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
+    assert child.returncode == 0, child.stderr
+    assert json.loads(child.stdout.splitlines()[-1]) == [allowed]

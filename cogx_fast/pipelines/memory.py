@@ -11,7 +11,6 @@ import torch
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.transformer import CogVideoXTransformer
-from cogx_fast.pipelines.peaks import decode_peak, step_peak
 from cogx_fast.runtime.streaming import SLOTS, stream_blocks
 from cogx_fast.runtime.symbols import quantizes_activations
 from cogx_fast.sizes import Tokens, VideoSize
@@ -80,6 +79,7 @@ def estimate(pipe: Any, tokens: Tokens, size: VideoSize, *, batch: int = 2) -> N
 
 def decode_bytes(vae: Any, size: VideoSize) -> tuple[int, int]:
     """What decoding a video needs beside the VAE's weights: at once, and by tiles."""
+    from cogx_fast.pipelines.peaks import decode_peak  # made of private parts of torch
 
     def decode(height: int, width: int) -> int:
         return decode_peak(vae.config, height, width, dtype=vae.dtype)
@@ -128,6 +128,8 @@ def step_bytes(transformer: Any, tokens: Tokens, *, batch: int = 2) -> int:
         tokens: of one video.
         batch: videos in the step.
     """
+    from cogx_fast.pipelines.peaks import step_peak  # made of private parts of torch
+
     is_ours = isinstance(transformer, CogVideoXTransformer)
     config = TransformerConfig(**{name: transformer.config[name] for name in TransformerConfig.__dataclass_fields__})
     build = None if is_ours else type(transformer).from_config

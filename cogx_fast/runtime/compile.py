@@ -17,10 +17,10 @@ from cogx_fast.runtime.recompiles import CompilationStats, RecompileError, Recom
 from cogx_fast.runtime.runner import Runner
 from cogx_fast.runtime.symbols import Symbols
 from cogx_fast.runtime.torch_cache import CacheDirectory
-from cogx_fast.runtime.warm_start import Recorder
 
 if TYPE_CHECKING:
     from cogx_fast.runtime.module import CogVideoXModel
+    from cogx_fast.runtime.recorder import Recorder
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 
@@ -103,6 +103,8 @@ def compile_model(
     with directory.used():
         recorder = None
         if config.backend == "inductor":
+            from cogx_fast.runtime.recorder import Recorder
+
             int8 = any(map(is_int8_dynamic, model.modules()))
             recorder = Recorder(config, functools.partial(_inductor_options, config, int8=int8))
         compile = functools.partial(

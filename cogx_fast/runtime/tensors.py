@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 OTHER_WEIGHTS = "the weights are not those that the package is for any more: {} changed; export a package for them"
 
@@ -107,7 +106,7 @@ def _paths(tensor: Any, prefix: str = "") -> Iterator[str]:
 
 def is_wrapper(tensor: Any) -> bool:
     """Whether a weight is made of other tensors."""
-    return bool(is_traceable_wrapper_subclass(tensor)) and not hasattr(tensor, "full_tensor")
+    return hasattr(type(tensor), "__tensor_flatten__") and not hasattr(tensor, "full_tensor")
 
 
 def _describe(tensor: Any) -> str:

@@ -16,15 +16,13 @@ import platform
 import re
 import secrets
 import sys
-import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cogx_fast.runtime.candidates import candidates
 from cogx_fast.runtime.code_file import (
     ArtifactError,
     describe_device,
@@ -38,63 +36,12 @@ from cogx_fast.runtime.code_file import (
 if TYPE_CHECKING:
     from cogx_fast.runtime.compile import CompileConfig
     from cogx_fast.runtime.module import CogVideoXModel
+    from cogx_fast.runtime.recorder import Recorder
 
 KIND = "compile cache"
 _ARTIFACTS = "artifacts.bin"
-_LIBRARY = re.compile(r"libraries/([a-z2-7]{2}/c[a-z2-7]{51}(\.main)?\.so)")
-
-
-class Recorder(torch._TorchCompileInductorWrapper):
-    """The backend of a model's ``torch.compile``: Inductor, which leaves a note of what it made.
-
-    torch keeps the artifacts of a whole process on one list. While a graph of this model is compiled they go to a list
-    of its own as well.
-
-    Args:
-        config: how the model is compiled, a key of the bundle.
-        options: Inductor's on a device: of the one that a graph is for, which may be another than the model was on
-            when this was made.
-    """
-
-    __name__ = "inductor"
-
-    def __init__(self, config: CompileConfig, options: Callable[[torch.device], Mapping[str, Any]]) -> None:
-        super().__init__(None, dict(options(torch.device("cpu"))), config.dynamic)
-        self.made_by = config
-        self._options = options
-        self.when_called: Callable[[], Any] | None = None
-        """Called once, before the first graph is compiled."""
-        self.artifacts: list[Any] = []
-        self.libraries: set[Path] = set()
-
-    def __call__(self, model_: Any, inputs_: Any, **options: Any) -> Any:
-        """Compile a graph for the device that its inputs are on."""
-        device = next(each.device for each in inputs_ if isinstance(each, torch.Tensor))
-        when_called, self.when_called = self.when_called, None
-        if when_called is not None:
-            when_called()
-        self.config = {}
-        self.apply_options(dict(self._options(device)))
-        with self._recording(), candidates(device, self.config):
-            return super().__call__(model_, inputs_, **options)
-
-    @contextlib.contextmanager
-    def _recording(self) -> Iterator[None]:
-        from torch._inductor.codecache import PyCodeCache
-        from torch.compiler._cache import CacheArtifactManager as Manager
-
-        before = len(PyCodeCache.modules)
-        with Manager.with_fresh_cache():
-            yield
-            made = list(Manager._seen_artifacts)
-        for artifact in made:
-            if artifact not in self.artifacts:
-                self.artifacts.append(artifact)
-            if artifact not in Manager._seen_artifacts:
-                Manager._seen_artifacts.add(artifact)
-                Manager._new_cache_artifacts[artifact.type()].append(artifact)
-        for module in PyCodeCache.modules[before:]:
-            self.libraries |= _libraries(module)
+LIBRARY = re.compile(r"libraries/([a-z2-7]{2}/c[a-z2-7]{51}(\.main)?\.so)")
+"""How a bundle names a C++ library, and, behind the first folder, torch's cache does."""
 
 
 def save_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str]) -> None:
@@ -148,7 +95,7 @@ def load_compile_cache(model: CogVideoXModel, path: str | os.PathLike[str], *, i
             wrong.append(f"call model.requires_grad_({manifest['gradients']}) before the first call")
         if wrong:
             raise ArtifactError(f"{path}: was made for something else ({'; '.join(wrong)})")
-        strange = [name for name in members if name != _ARTIFACTS and not _LIBRARY.fullmatch(name)]
+        strange = [name for name in members if name != _ARTIFACTS and not LIBRARY.fullmatch(name)]
         if strange or _ARTIFACTS not in members:
             raise ArtifactError(f"{path}: has contents no bundle has ({', '.join(strange) or 'no artifacts'})")
         _install(members)
@@ -199,7 +146,7 @@ def _install(members: Mapping[str, bytes]) -> None:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     for name, data in members.items():
-        match = _LIBRARY.fullmatch(name)
+        match = LIBRARY.fullmatch(name)
         if match is None:
             continue
         target = Path(cache_dir(), match[1])
@@ -230,14 +177,6 @@ def _autotuning() -> list[Any]:
     from torch.compiler._cache import CacheArtifactManager as Manager
 
     return [artifact for artifact in Manager._seen_artifacts if artifact.type() == "autotune"]
-
-
-def _libraries(module: types.ModuleType) -> set[Path]:
-    """The C++ libraries whose kernels a generated module calls."""
-    owners = {getattr(kernel, "__self__", None) for kernel in vars(module).values() if callable(kernel)}
-    files = {getattr(owner, "__file__", None) for owner in owners if isinstance(owner, types.ModuleType)}
-    made = (Path(file) for file in files if file)  # torch's own functions have owners, too
-    return {file for file in made if _LIBRARY.fullmatch(f"libraries/{file.parent.name}/{file.name}")}
 
 
 def _instruction_probes(device: torch.device) -> set[Path]:
@@ -277,4 +216,4 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else repr(value)
 
 
-__all__ = ["Recorder", "describe", "load_compile_cache", "save_compile_cache"]
+__all__ = ["LIBRARY", "describe", "load_compile_cache", "save_compile_cache"]

@@ -18,7 +18,9 @@ from cogx_fast.runtime import warm_start
 from cogx_fast.runtime.code_file import read_artifact, write_artifact
 from cogx_fast.runtime.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.warm_start import Recorder, load_compile_cache, save_compile_cache
+from cogx_fast.runtime.recorder import Recorder
+from cogx_fast.runtime.warm_start import load_compile_cache, save_compile_cache
+from tests.cases import for_each
 from tests.support import inputs, small, upstream
 
 CHILD = """
@@ -129,8 +131,8 @@ def refused(model: CogVideoXModel, path: Path) -> str:
 
 
 @pytest.mark.usefixtures("untouched")
-@pytest.mark.parametrize(
-    ("field", "value"),
+@for_each(
+    "field, value",
     [
         ("versions.torch", "1.0"),
         ("versions.triton", "0.1"),
@@ -195,7 +197,7 @@ def test_a_damaged_bundle_is_not_used(
 
 
 @pytest.mark.usefixtures("untouched")
-@pytest.mark.parametrize("name", ["libraries/../../evil.so", "libraries/ab/evil.so", "evil.py", "/etc/passwd"])
+@for_each("name", ["libraries/../../evil.so", "libraries/ab/evil.so", "evil.py", "/etc/passwd"])
 def test_files_may_go_nowhere_else(
     bundle: tuple[Path, dict[str, Any]], model: CogVideoXModel, tmp_path: Path, name: str
 ) -> None:
