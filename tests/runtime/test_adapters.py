@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cogx_fast
+from tests.cases import for_each
 from tests.pipes import make_pipe
 from tests.support import inputs, relative_error
-from tests.weights.test_lora import EVERYWHERE, TARGETS, halves
+from tests.weights.lora_files import EVERYWHERE, TARGETS, halves
 
 KIND, PRESET = "CogVideoXPipeline", "5b"
 
@@ -121,7 +122,7 @@ SEQUENCES = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("sequence", SEQUENCES)
+@for_each("sequence", SEQUENCES)
 def test_each_step_predicts_what_diffusers_does(sequence: str, tmp_path: Path) -> None:
     both = Both(tmp_path)
     last = both.check()

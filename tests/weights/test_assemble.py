@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import cogx_fast
+from tests.cases import for_each
 from tests.pipes import generate, make_pipe
 from tests.support import small, upstream
 
@@ -89,7 +90,7 @@ def test_a_transformer_that_others_hold_keeps_its_weights() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
+@for_each(
     "options",
     [
         {"attention": "flash3"},
@@ -101,7 +102,6 @@ def test_a_transformer_that_others_hold_keeps_its_weights() -> None:
         {"quant": "fp8-dynamic"},
         {"check_finite": True},
     ],
-    ids=str,
 )
 def test_after_an_error_the_pipeline_is_as_it_was(options: dict[str, Any]) -> None:
     pipe = make_pipe("CogVideoXPipeline", "5b")

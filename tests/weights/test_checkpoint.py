@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 import sys
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import cogx_fast
 from cogx_fast.config import HUB_IDS, ConfigError
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
+from tests.cases import for_each
 from tests.support import RELEASED, inputs, pipeline_rotary, relative_error, small, upstream
 from tests.weights.support import INDEX, WEIGHTS, assert_same_bits, diffusers_view, save_upstream, small_state
 
@@ -34,8 +36,7 @@ def edit(directory, change):
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("shard", ["10GB", "200KB"])
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("shard, name", itertools.product(["10GB", "200KB"], RELEASED))
 def test_directory_of_every_variant(name, shard, tmp_path):
     config = small(name)
     state = save_upstream(config, tmp_path, max_shard_size=shard)
@@ -78,8 +79,9 @@ class TestSources:
         (copy / WEIGHTS).rename(copy / "renamed.safetensors")
         self.same(cogx_fast.load(copy / "renamed.safetensors"))
 
-    @pytest.mark.parametrize("kind", ["object", "dict", "path", "directory"])
-    def test_config_given(self, kind, copy, checkpoint):
+    @for_each("kind", ["object", "dict", "path", "directory"])
+    def test_config_given(self, kind, checkpoint, tmp_path):
+        copy = shutil.copytree(checkpoint, tmp_path / "copy")
         (copy / "config.json").unlink()
         config = small("5b")
         given = {
@@ -116,7 +118,7 @@ class TestSources:
         with pytest.raises(CheckpointNotFoundError, match=r"not in the hub's cache.*local_files_only.*hf download"):
             cogx_fast.load("someone/video", cache_dir=tmp_path, local_files_only=True)
 
-    @pytest.mark.parametrize("kind", ["RepositoryNotFoundError", "GatedRepoError", "ConnectError", "OSError"])
+    @for_each("kind", ["RepositoryNotFoundError", "GatedRepoError", "ConnectError", "OSError"])
     def test_hub_that_answers_no(self, kind, monkeypatch):
         import huggingface_hub
 
@@ -155,7 +157,7 @@ class TestSources:
 
 
 class TestDtype:
-    @pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16, "fp16", "float32", "torch.float16"])
+    @for_each("dtype", ["bf16", "bfloat16", torch.bfloat16, "fp16", "float32", "torch.float16"])
     def test_conversion_is_torchs(self, dtype, checkpoint):
         model = cogx_fast.load(checkpoint, dtype=dtype)
         assert_same_bits(diffusers_view(model), {name: t.to(model.dtype) for name, t in small_state().items()})
@@ -205,8 +207,9 @@ class TestRefused:
         edit(copy, lambda tensors: tensors.update({"proj_out.bias": torch.zeros(3)}))
         self.refused(copy, r"1 have another shape: proj_out.bias \(3,\) in place of \(64,\)")
 
-    @pytest.mark.parametrize("layers", [1, 3, 10**9])
-    def test_layers(self, layers, copy):
+    @for_each("layers", [1, 3, 10**9])
+    def test_layers(self, layers, checkpoint, tmp_path):
+        copy = shutil.copytree(checkpoint, tmp_path / "copy")
         config = json.loads((copy / "config.json").read_text())
         (copy / "config.json").write_text(json.dumps(config | {"num_layers": layers}))
         self.refused(copy, f"2 transformer blocks, but its config says num_layers={layers}|num_layers", ValueError)
@@ -226,8 +229,9 @@ class TestRefused:
         edit(copy, lambda tensors: {**tensors, name: torch.zeros(64, 128, dtype=dtype)})
         self.refused(copy, "quantized")
 
-    @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.pt", "model.ckpt"])
-    def test_pickles_are_never_opened(self, name, copy):
+    @for_each("name", ["diffusion_pytorch_model.bin", "model.pt", "model.ckpt"])
+    def test_pickles_are_never_opened(self, name, checkpoint, tmp_path):
+        copy = shutil.copytree(checkpoint, tmp_path / "copy")
         (copy / WEIGHTS).rename(copy / name)
         self.refused(copy / name, "run any code.*convert")
         if name.startswith("diffusion"):
@@ -299,12 +303,12 @@ class TestIndex:
         self.change(sharded, lambda index: index["weight_map"].pop("proj_out.bias"))
         self.refused(sharded, "proj_out.bias is in no shard")
 
-    @pytest.mark.parametrize("shard", ["../other.safetensors", "weights.bin", 3])
+    @for_each("shard", ["../other.safetensors", "weights.bin", 3])
     def test_names_that_are_no_shard(self, shard, sharded):
         self.change(sharded, lambda index: index["weight_map"].update({"proj_out.bias": shard}))
-        self.refused(sharded, "expected the name of a .safetensors file beside it")
+        self.refused(sharded, f"is in {shard!r}, expected the name of a .safetensors file beside it")
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'])
+    @for_each("content", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'])
     def test_no_index(self, content, sharded):
         (sharded / INDEX).write_text(content)
         self.refused(sharded, "not valid JSON|no weight_map")
@@ -339,7 +343,7 @@ def test_sources_are_told_apart_from_other_objects():
             cogx_fast.load(thing)
 
 
-@pytest.mark.parametrize("dtype", [None, "bf16", "float64"])
+@for_each("dtype", [None, "bf16", "float64"])
 def test_tensors_of_many_chunks(dtype, checkpoint, monkeypatch):
     from cogx_fast.weights import reading
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import cogx_fast
 from cogx_fast.weights.errors import CheckpointError
+from tests.cases import for_each
 from tests.support import small, upstream
 from tests.weights.support import assert_same_bits, diffusers_view, small_state
 
@@ -28,7 +30,7 @@ def written(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
+@for_each(
     "prefix",
     [
         "_orig_mod.",
@@ -76,8 +78,7 @@ LIBRARIES = {
 }
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("library", LIBRARIES)
+@for_each("prefix, library", itertools.product(["", "model.diffusion_model."], LIBRARIES))
 def test_weights_of_other_libraries_are_named(library: str, prefix: str, tmp_path: Path) -> None:
     state = small_state() | {f"{BLOCK}{n}": torch.ones(2).to(dtype) for n, dtype in LIBRARIES[library].items()}
     path = written(tmp_path, {f"{prefix}{name}": tensor for name, tensor in state.items()})

@@ -1,8 +1,10 @@
-import pytest
+import itertools
+
 import torch
 
 from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.weights.layout import by_our_name, our_shape, slots
+from tests.cases import for_each
 from tests.support import RELEASED, small, upstream
 
 OPTIONS = [
@@ -13,8 +15,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("options, name", itertools.product(OPTIONS, RELEASED))
 def test_slots_are_the_tensors_of_both_models(name, options):
     config = small(name, **options)
     layout = slots(config)
@@ -26,7 +27,7 @@ def test_slots_are_the_tensors_of_both_models(name, options):
     assert {key: our_shape(config, group) for key, group in by_our_name(layout).items()} == ours
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("name", RELEASED)
 def test_every_value_of_ours_is_in_exactly_one_slot(name):
     config = small(name)
     for group in by_our_name(slots(config)).values():

@@ -8,6 +8,7 @@ from torch import nn
 
 import cogx_fast
 from cogx_fast.weights.errors import CheckpointError
+from tests.cases import for_each
 from tests.support import RELEASED, inputs, pipeline_rotary, small, upstream
 from tests.weights.support import assert_same_bits, diffusers_view
 
@@ -19,7 +20,7 @@ def call(model, config):
         return model(**arguments, return_dict=False)[0]
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("name", RELEASED)
 def test_weights_are_shared_and_the_source_keeps_working(name):
     config = small(name)
     source = upstream(config)

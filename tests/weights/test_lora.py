@@ -17,70 +17,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cogx_fast
-from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.weights.layout import slots
 from cogx_fast.weights.lora import LoraError
+from tests.cases import for_each
 from tests.pipes import FRAMES, HEIGHT, WIDTH, make_pipe
-from tests.support import inputs, relative_error, small, upstream
-
-RANK, ALPHA = 4, 8.0
-TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
-EVERYWHERE = (*TARGETS, "ff.net.0.proj", "ff.net.2", "norm1.linear", "norm2.linear")
-CONFIG = small("5b", num_layers=2)
-
-
-def halves(targets: tuple[str, ...] = TARGETS, seed: int = 0, config: Any = CONFIG) -> dict[str, tuple[Tensor, Tensor]]:
-    """down and up by diffusers' module."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {name: slot.shape for name, slot in slots(config).items()}
-    found = {}
-    for layer in range(config.num_layers):
-        for target in targets:
-            name = f"transformer_blocks.{layer}.{target}"
-            rows, columns = shapes[f"{name}.weight"]
-            down = torch.randn(RANK, columns, generator=generator) * columns**-0.5
-            found[name] = down, torch.randn(rows, RANK, generator=generator) * 0.1
-    return found
-
-
-def merged(source: Any, scale: float, pairs: dict[str, tuple[Tensor, Tensor]]) -> Any:
-    """diffusers' model with the products added to its weights."""
-    with torch.no_grad():
-        for name, (down, up) in pairs.items():
-            source.get_submodule(name).weight += scale * (up @ down)
-    return source
-
-
-def run(model: Any) -> Tensor:
-    """diffusers' own model runs in ours, which takes the tables from its pipelines."""
-    if not isinstance(model, CogVideoXModel):
-        model = cogx_fast.load(model)
-    with torch.no_grad():
-        sample: Tensor = model(**inputs(CONFIG)).sample
-        return sample
-
+from tests.support import relative_error, upstream
+from tests.weights.lora_files import (
+    ALPHA,
+    CONFIG,
+    EVERYWHERE,
+    FINETRAINERS,
+    RANK,
+    TARGETS,
+    as_diffusers,
+    as_kohya,
+    halves,
+    merged,
+    run,
+)  # fmt: skip
 
 # -- files as each writer writes them ----------------------------------------------------------------------------------
-
-
-def as_diffusers(prefix: str = "transformer.", name: str = "") -> dict[str, Tensor]:
-    return {
-        f"{prefix}{module}.lora_{half}{name}.weight": tensor
-        for module, pair in halves().items()
-        for half, tensor in zip("AB", pair, strict=True)
-    }
-
-
-def as_kohya(
-    prefix: str = "lora_unet__", targets: tuple[str, ...] = EVERYWHERE, alpha: bool = True
-) -> dict[str, Tensor]:
-    found = {}
-    for module, (down, up) in halves(targets).items():
-        flat = "lora_unet__" + module.replace(".", "_")
-        found |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
-        if alpha:
-            found[f"{flat}.alpha"] = torch.tensor(ALPHA)
-    return found
 
 
 def as_sat() -> dict[str, Tensor]:
@@ -105,7 +60,6 @@ def old_names() -> dict[str, Tensor]:
 
 
 PEFT = json.dumps({"transformer.r": RANK, "transformer.lora_alpha": ALPHA})
-FINETRAINERS = json.dumps({"r": RANK, "lora_alpha": ALPHA, "target_modules": ["to_q"]})
 STABILIZED = json.dumps({"r": RANK, "lora_alpha": ALPHA, "use_rslora": True})
 PATTERNS = json.dumps({"r": RANK, "lora_alpha": 1.0, "alpha_pattern": {r"attn1\.to_(q|k|v|out\.0)": ALPHA}})
 
@@ -131,9 +85,10 @@ WRITERS: dict[str, tuple[Callable[[], dict[str, Tensor]], dict[str, str], float,
 }
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-def test_each_writers_file_is_merged(writer: str, tmp_path: Path) -> None:
-    make, metadata, scale, targets = WRITERS[writer]
+@for_each("make, metadata, scale, targets", WRITERS.values(), ids=WRITERS)
+def test_each_writers_file_is_merged(
+    make: Callable[[], dict[str, Tensor]], metadata: dict[str, str], scale: float, targets: Any, tmp_path: Path
+) -> None:
     save_file(make(), tmp_path / "lora.safetensors", metadata)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -177,7 +132,7 @@ def test_a_file_may_be_written_over_after_it_was_read(tmp_path: Path) -> None:
         "import sys, pathlib, cogx_fast\n"
         "from safetensors.torch import save_file\n"
         "from tests.support import upstream\n"
-        "from tests.weights.test_lora import CONFIG, TARGETS, as_kohya\n"
+        "from tests.weights.lora_files import CONFIG, TARGETS, as_kohya\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "for name in ('a', 'b'):\n"
         "    save_file(as_kohya(targets=TARGETS), folder / name)\n"
@@ -205,72 +160,6 @@ def test_several_are_summed_and_a_live_source_keeps_its_own_weights(tmp_path: Pa
     assert torch.equal(run(source), before)
     wanted = merged(merged(upstream(CONFIG), 0.8, halves()), -0.3, halves(seed=1))
     assert relative_error(run(model), run(wanted)) <= 1e-5
-
-
-def by_their_names(model: Any) -> dict[str, Tensor]:
-    """Copies of our model's weights under diffusers' names."""
-    state = model.state_dict()
-    return {name: slot.view(state[slot.our_name]).clone() for name, slot in slots(CONFIG).items()}
-
-
-def with_adapters(model: Any) -> Any:
-    """diffusers' model with PEFT's adapters of several kinds on it, as if they had been trained."""
-    from peft import LoraConfig
-
-    kinds: dict[str, dict[str, Any]] = {
-        "dora": {"use_dora": True, "lora_alpha": ALPHA},
-        "both": {"use_dora": True, "use_rslora": True, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_v": 1}},
-        "plain": {},
-    }
-    for seed, (name, options) in enumerate(kinds.items()):
-        model.add_adapter(LoraConfig(r=RANK, target_modules=list(EVERYWHERE), **options), name)
-        generator = torch.Generator().manual_seed(seed)
-        for key, parameter in model.named_parameters():
-            if f"lora_B.{name}" in key:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-            elif f"magnitude_vector.{name}" in key:
-                parameter.data *= 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_dora_and_rslora_give_the_weights_that_peft_merges(tmp_path: Path) -> None:
-    """Alone, scaled, and several in either order: the later one's magnitudes are applied to the earlier ones, too."""
-    trained = with_adapters(upstream(CONFIG))
-    for name in ("dora", "both", "plain"):
-        trained.save_lora_adapter(tmp_path / name, adapter_name=name)
-    files = {name: next((tmp_path / name).glob("*.safetensors")) for name in ("dora", "both", "plain")}
-    ours = cogx_fast.load(upstream(CONFIG))
-    base = by_their_names(ours)
-    for chosen in (
-        {"dora": 1.0}, {"dora": 0.4}, {"both": 1.0}, {"dora": 0.7, "both": -0.5, "plain": 1.0},
-        {"plain": 0.5, "both": 1.0, "dora": 1.3},
-    ):  # fmt: skip
-        theirs = with_adapters(upstream(CONFIG))
-        theirs.set_adapters(list(chosen), list(chosen.values()))
-        theirs.fuse_lora(adapter_names=list(chosen))
-        wanted = {name.replace(".base_layer", ""): tensor for name, tensor in theirs.state_dict().items()}
-        ours.set_loras([(files[name], weight) for name, weight in chosen.items()])
-        for name, found in by_their_names(ours).items():
-            assert relative_error(found, wanted[name]) <= 1e-6, (chosen, name)
-            is_target = name.removesuffix(".weight").endswith(EVERYWHERE) and name.endswith(".weight")
-            assert (relative_error(found, base[name]) > 1e-2) == is_target, (chosen, name)
-    ours.set_loras([])
-    assert all(torch.equal(tensor, base[name]) for name, tensor in by_their_names(ours).items())
-
-
-def test_a_row_of_zeros_stays_one_under_dora(tmp_path: Path) -> None:
-    tensors = as_diffusers("")
-    tensors |= {f"{name}.lora_magnitude_vector": torch.ones(len(up)) for name, (_, up) in halves().items()}
-    first, source = "transformer_blocks.0.attn1.to_q", upstream(CONFIG)
-    with torch.no_grad():
-        source.get_submodule(first).weight[3] = 0
-        tensors[f"{first}.lora_B.weight"][3] = 0
-    save_file(tensors, tmp_path / "lora.safetensors", {"lora_config": FINETRAINERS})
-    model = cogx_fast.load(source, loras=[tmp_path / "lora.safetensors"])
-    norms = by_their_names(model)[f"{first}.weight"].norm(dim=1)
-    assert norms[3] == 0
-    torch.testing.assert_close(norms[4:], torch.ones_like(norms[4:]))
 
 
 def test_files_are_merged_in_fp32_before_they_are_rounded_and_quantized(tmp_path: Path) -> None:
@@ -380,13 +269,16 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return make_pipe("CogVideoXPipeline", "5b")
+
+
 @pytest.mark.filterwarnings("ignore:.*says no alpha")
-@pytest.mark.parametrize("fault", BAD)
-def test_bad_files_are_refused_and_nothing_is_merged(fault: str, tmp_path: Path) -> None:
-    write, message = BAD[fault]
+@for_each("write, message", BAD.values(), ids=BAD)
+def test_bad_files_are_refused_and_nothing_is_merged(write: Any, message: str, pipe: Any, tmp_path: Path) -> None:
     write(tmp_path / "bad.safetensors")
     save_file(as_diffusers(), tmp_path / "good.safetensors")
-    pipe = make_pipe("CogVideoXPipeline", "5b")
     before, state = pipe.transformer, {name: t.clone() for name, t in pipe.transformer.state_dict().items()}
     with pytest.raises(LoraError, match=message):
         cogx_fast.load(upstream(CONFIG), loras=[tmp_path / "good.safetensors", tmp_path / "bad.safetensors"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import pickle
 import shutil
 from pathlib import Path
@@ -18,8 +19,9 @@ import cogx_fast
 from cogx_fast.runtime.compile import watch_compilation
 from cogx_fast.weights.lora import LoraError
 from cogx_fast.weights.quantized import inner_tensors, is_quantized
+from tests.cases import for_each
 from tests.support import inputs, upstream
-from tests.weights.test_lora import CONFIG, EVERYWHERE, TARGETS, as_kohya, halves, run
+from tests.weights.lora_files import CONFIG, EVERYWHERE, TARGETS, as_kohya, halves, run
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +72,12 @@ def assert_same(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*says no alpha", "ignore:recipe")
-@pytest.mark.parametrize("recipe", [None, "int8-weight-only", "int8-dynamic", "fp8-weight-only"])
-@pytest.mark.parametrize("source", ["files", "live", "live of files"])
+@for_each(
+    "recipe, source",
+    itertools.product(
+        [None, "int8-weight-only", "int8-dynamic", "fp8-weight-only"], ["files", "live", "live of files"]
+    ),
+)
 def test_switching_gives_the_bits_that_loading_gives(source: str, recipe: str | None, folder: Path) -> None:
     def load(loras: Any = ()) -> Any:
         if source == "files":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import shutil
@@ -16,6 +17,7 @@ import cogx_fast
 import quant
 from cogx_fast.weights.errors import CheckpointError
 from quant import storage
+from tests.cases import for_each
 from tests.quant.support import assert_same_weight
 from tests.support import relative_error, small, upstream
 from tests.weights.quantized import RECIPES, call, quantized, refused
@@ -24,8 +26,7 @@ from tests.weights.support import INDEX, WEIGHTS, assert_same_model, from_upstre
 # ---------------------------------------------------------------------------------------------------------- round trip
 
 
-@pytest.mark.parametrize("shard", ["10GB", "150KB", 1])
-@pytest.mark.parametrize("recipe", RECIPES)
+@for_each("shard, recipe", itertools.product(["10GB", "150KB", 1], RECIPES))
 def test_round_trip_is_bit_exact(recipe, shard, tmp_path):
     model = quantized(recipe)
     assert storage.is_quantized(model.modulation.linear.weight) or recipe == "int8-dynamic"
@@ -41,7 +42,7 @@ def test_round_trip_is_bit_exact(recipe, shard, tmp_path):
         assert quant.load_recipe(tmp_path / "recipe.toml") == known
 
 
-@pytest.mark.parametrize("name", ["2b", "5b-i2v", "1.5-5b-i2v"])
+@for_each("name", ["2b", "5b-i2v", "1.5-5b-i2v"])
 def test_round_trip_of_the_other_models(name, tmp_path):
     model = quantized("int8-weight-only", small(name))
     model.save_pretrained(tmp_path)
@@ -126,8 +127,7 @@ def test_the_weights_know_themselves_what_they_are(int8, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- diffusers
 
 
-@pytest.mark.parametrize("shard", ["10GB", "150KB"])
-@pytest.mark.parametrize("recipe", RECIPES[:-1])
+@for_each("shard, recipe", itertools.product(["10GB", "150KB"], RECIPES[:-1]))
 def test_unmodified_diffusers_reads_it(recipe, shard, tmp_path):
     model = quantized(recipe, dtype="fp32" if recipe == "int8-weight-only" else "bf16")
     model.save_pretrained(tmp_path, max_shard_size=shard)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import cogx_fast
 import quant
 from cogx_fast.weights import save, writing
 from cogx_fast.weights.errors import CheckpointError
+from tests.cases import for_each
 from tests.support import RELEASED, inputs, pipeline_rotary, relative_error, small, upstream
 from tests.weights.support import (
     INDEX,
@@ -30,8 +32,7 @@ from tests.weights.support import (
 CONFIG = small("5b", num_attention_heads=1, num_layers=1)
 
 
-@pytest.mark.parametrize("shard", ["10GB", "200KB"])
-@pytest.mark.parametrize("quantization", [None, "int8-weight-only"])
+@for_each("shard, quantization", itertools.product(["10GB", "200KB"], [None, "int8-weight-only"]))
 def test_pickled_files_are_diffusers_and_take_the_place_of_others(shard, quantization, tmp_path):
     source = upstream(small("5b"))
     model = cogx_fast.load(source)
@@ -65,8 +66,7 @@ def files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-@pytest.mark.parametrize("shard", ["10GB", "200KB", 1])
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("shard, name", itertools.product(["10GB", "200KB", 1], RELEASED))
 def test_round_trip_is_bit_exact_and_upstream_reads_it(name, shard, tmp_path):
     config = small(name)
     state = save_upstream(config, tmp_path / "theirs")
@@ -225,8 +225,8 @@ QUANTIZED = {  # what the old model and the new one are, stored how
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child process that can be killed is needed")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("before", "after", "links"),
+@for_each(
+    "before, after, links",
     [*((before, after, True) for before in STAGES for after in STAGES), ("shards", "shards", False)],
 )
 def test_killed_at_every_step(before, after, links, tmp_path):
@@ -260,7 +260,7 @@ def test_killed_at_every_step(before, after, links, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child process that can be killed is needed")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("case", QUANTIZED)
+@for_each("case", QUANTIZED)
 def test_killed_at_every_step_between_quantized_and_not(case, tmp_path):
     """As above: for us and for diffusers it is the old checkpoint or the new one."""
     *which, before, after = QUANTIZED[case]

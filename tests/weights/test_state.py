@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
 import cogx_fast
+from tests.cases import for_each
 from tests.support import RELEASED, small, upstream
 
 
@@ -23,8 +25,7 @@ def assert_equal(model: Any, theirs: Any) -> None:
         assert torch.equal(ours[key], tensor), key
 
 
-@pytest.mark.parametrize("name", RELEASED)
-@pytest.mark.parametrize("options", [{}, {"strict": False}, {"assign": True}], ids=str)
+@for_each("name, options", itertools.product(RELEASED, [{}, {"strict": False}, {"assign": True}]))
 def test_diffusers_names_load_wholly(name: str, options: dict[str, Any]) -> None:
     theirs, model = pair(name)
     keys = model.load_state_dict(theirs.state_dict(), **options)
