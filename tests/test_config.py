@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from cogx_fast.config import HUB_IDS, PRESETS, ConfigError, TransformerConfig
+from tests.cases import for_each
 from tests.support import RELEASED, small, upstream
 
 # As published on the hub: what differs from the defaults of upstream's class.
@@ -52,18 +53,20 @@ def test_fields_and_defaults_are_upstreams() -> None:
     }
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("name", RELEASED)
 def test_preset_is_the_published_configuration(name: str) -> None:
     expected = {"_class_name": "CogVideoXTransformer3DModel", **upstream_defaults(), **PUBLISHED[name]}
     assert TransformerConfig.preset(name).to_dict() == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "inner_dim", "sample", "grid"),
-    [("2b", 1920, (13, 60, 90), (13, 30, 45)), ("5b", 3072, (13, 60, 90), (13, 30, 45)),
-     ("5b-i2v", 3072, (13, 60, 90), (13, 30, 45)), ("1.5-5b", 3072, (22, 96, 170), (11, 48, 85)),
-     ("1.5-5b-i2v", 3072, (22, 96, 170), (11, 48, 85))],
-)  # fmt: skip
+@for_each(
+    "name, inner_dim, sample, grid",
+    [
+        ("2b", 1920, (13, 60, 90), (13, 30, 45)),
+        *((name, 3072, (13, 60, 90), (13, 30, 45)) for name in ("5b", "5b-i2v")),
+        *((name, 3072, (22, 96, 170), (11, 48, 85)) for name in ("1.5-5b", "1.5-5b-i2v")),
+    ],
+)
 def test_preset_has_the_published_width_and_grid(name: str, inner_dim: int, sample: Any, grid: Any) -> None:
     config = PRESETS[name]
     assert config.inner_dim == inner_dim
@@ -78,7 +81,7 @@ def test_presets_are_the_released_ones_and_tiny() -> None:
         TransformerConfig.preset("7b")
 
 
-@pytest.mark.parametrize("name", [*RELEASED, "tiny"])
+@for_each("name", [*RELEASED, "tiny"])
 def test_round_trip_through_a_config_json_that_diffusers_wrote(name: str, tmp_path: Path) -> None:
     from diffusers import CogVideoXTransformer3DModel
 
@@ -215,7 +218,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "message"), IMPOSSIBLE, ids=lambda value: str(value)[:60])
+@for_each("fields, message", IMPOSSIBLE)
 def test_impossible_configuration_is_refused_by_field_value_and_remedy(
     fields: Any, message: str, tmp_path: Path
 ) -> None:
@@ -227,10 +230,7 @@ def test_impossible_configuration_is_refused_by_field_value_and_remedy(
         TransformerConfig.from_json(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "not json", '{"num_layers": }', '\ufeff{"num_layers": 2}', "[" * 100_000, "9" * 5_000],
-    ids=["empty", "cut", "words", "no value", "byte order mark", "nested", "huge number"],
-)  # fmt: skip
+@for_each("text", ["", "{", "not json", '{"num_layers": }', '\ufeff{"num_layers": 2}', "[" * 100_000, "9" * 5_000])
 def test_a_file_that_is_no_json_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"config.json: not valid JSON .*: restore the file"):
@@ -243,7 +243,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
         TransformerConfig.from_json(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("text", ["[]", '[{"num_layers": 2}]', "null", "3", '"2b"', "true"])
+@for_each("text", ["[]", '[{"num_layers": 2}]', "null", "3", '"2b"', "true"])
 def test_json_that_is_no_mapping_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config.json: got a .*, expected a mapping of the fields"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cogx_fast.model import cpu, products
+from tests.cases import for_each
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 CPU = torch.device("cpu")
@@ -45,6 +47,14 @@ def test_what_the_environment_takes_away_is_not_there(tmp_path: Path) -> None:
     assert both[1:] == [False, True, False]  # bf16 by converting, where there is AVX512
 
 
+def not_yet_asked() -> Any:
+    """The module anew, which remembers no answer."""
+    spec: Any = importlib.util.find_spec(cpu.__name__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_a_torch_without_onednn_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def product(left: Tensor, right: Tensor) -> Tensor:
         nonlocal now
@@ -53,14 +63,11 @@ def test_a_torch_without_onednn_is_timed(monkeypatch: pytest.MonkeyPatch) -> Non
 
     now = 0.0
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr(cpu.time, "perf_counter", lambda: now)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
     monkeypatch.setattr(Tensor, "__matmul__", product)
-    cpu._try_product.cache_clear()
-    try:
-        assert not cpu.computes(torch.bfloat16)
-        assert cpu.computes(torch.float16)
-    finally:
-        cpu._try_product.cache_clear()
+    anew = not_yet_asked()
+    assert not anew.computes(torch.bfloat16)
+    assert anew.computes(torch.float16)
 
 
 def test_it_is_told_of_cpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,11 +83,12 @@ def test_it_is_told_of_cpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tracing_takes_the_answer_for_a_constant() -> None:
     def run(x: Tensor) -> Tensor:
-        return x + 1 if cpu.has_int8_products() else x - 1
+        return x + 1 if has_int8_products() else x - 1
 
+    has_int8_products = cpu.has_int8_products
     expected = run(torch.zeros(1))
     assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(1)), expected)
-    cpu._try_int8.cache_clear()  # so that it is asked while tracing
+    has_int8_products = not_yet_asked().has_int8_products  # so that it is asked while tracing
     program = torch.export.export(_Called(run), (torch.zeros(1),), strict=False)
     assert torch.equal(program.module()(torch.zeros(1)), expected)
     assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [
@@ -140,9 +148,13 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return bool(request.param)
 
 
-@pytest.mark.parametrize("size", [1e-9, 0.01, 1.0, 300.0])
-@pytest.mark.parametrize(
-    ("dtype", "bias"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.float16, True)]
+@for_each(
+    "size, dtype, bias",
+    [
+        (size, *case)
+        for size in [1e-9, 0.01, 1.0, 300.0]
+        for case in [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.float16, True)]
+    ],
 )
 def test_every_int8_value_counts(either_way: bool, dtype: torch.dtype, bias: bool, size: float) -> None:
     """Sums below 2²⁴ are exact in fp32: an int8 value that were one off anywhere would show."""

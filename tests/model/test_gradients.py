@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cogx_fast.weights.layout import slots
+from tests.cases import for_each
 from tests.model.pairs import TOLERANCE, Pair, call, new_pair, pair
 from tests.support import RELEASED, relative_error, small
 
@@ -69,8 +71,7 @@ def compare(both: Pair, arguments: dict[str, Any], *, of_tables: bool = False) -
     assert_equal(ours, theirs, rotated=arguments["image_rotary_emb"] is not None)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("batch, name", itertools.product([1, 2], RELEASED))
 def test_gradients_of_all_parameters_and_inputs(name: str, batch: int) -> None:
     compare(pair(name), call(pair(name).config, batch=batch))
 
@@ -82,7 +83,7 @@ def test_gradients_on_odd_sizes_with_short_text(name: str, sizes: dict[str, int]
     compare(pair(name), call(pair(name).config, text_len=3, frames=2, **sizes))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "geglu", "geglu-approximate", "swiglu", "linear-silu"])
+@for_each("activation", ["gelu", "geglu", "geglu-approximate", "swiglu", "linear-silu"])
 def test_gradients_of_every_feed_forward(activation: str) -> None:
     both = pair("5b", activation_fn=activation)
     compare(both, call(both.config, batch=1))
@@ -129,8 +130,7 @@ def test_checkpointing_gives_the_same_gradients_and_runs_blocks_twice(name: str)
     assert len(runs) == 4 * both.config.num_layers
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("checkpointing, name", itertools.product([False, True], RELEASED))
 def test_dropout_in_training_drops_what_upstream_drops_from_the_same_seed(name: str, checkpointing: bool) -> None:
     both = new_pair(small(name, dropout=0.3))
     arguments = call(both.config)
@@ -152,7 +152,7 @@ def test_dropout_in_training_drops_what_upstream_drops_from_the_same_seed(name: 
     assert both.error(arguments) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("name", RELEASED)
 def test_under_autocast_gradients_are_as_near_to_fp32_as_upstreams(name: str) -> None:
     both = pair(name)
     arguments = call(both.config)
@@ -167,7 +167,7 @@ def test_under_autocast_gradients_are_as_near_to_fp32_as_upstreams(name: str) ->
     assert distance(ours) <= 1.05 * distance(theirs)
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("name", RELEASED)
 def test_training_after_inference_mode_on_the_same_size(name: str) -> None:
     """Tables that were made in inference mode and held could not take part in a backward pass."""
     both = new_pair(small(name))

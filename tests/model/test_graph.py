@@ -5,6 +5,7 @@ Not compiled, the model writes over what it has just made, and over nothing else
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -17,14 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cogx_fast.runtime.runner import Inputs, Runner, Slots, run
+from tests.cases import for_each
 from tests.model.pairs import TOLERANCE, call, copy_of, pair
 from tests.support import RELEASED, inputs, relative_error
 
 
 class Captured:
-    """A torch.compile backend that keeps the graphs it is given and runs them as they are."""
+    """A torch.compile backend that keeps the graphs it is given and runs them as they are; it begins with none."""
 
     def __init__(self) -> None:
+        torch._dynamo.reset()
         self.graphs: list[torch.fx.GraphModule] = []
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
@@ -52,9 +55,8 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left() -> Iterator[None]:
     yield
     torch._dynamo.reset()
 
@@ -75,7 +77,7 @@ def core_call(name: str, backend: str = "sdpa") -> tuple[Any, Inputs]:
     return model, handed[0]
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("name", RELEASED)
 def test_traced_forward_is_one_graph_with_one_attention_a_layer_and_nothing_in_place(name: str) -> None:
     model, handed = core_call(name)
     captured = Captured()
@@ -110,8 +112,7 @@ def test_traced_forward_with_checkpointing_is_one_graph(name: str) -> None:
         assert relative_error(found[name], parameter.grad) <= TOLERANCE or name.endswith("norm_k.bias"), name
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("training, name", itertools.product([False, True], RELEASED))
 def test_eager_call_reads_nothing_back_and_writes_over_nothing_that_it_was_given(name: str, training: bool) -> None:
     model = copy_of(pair(name).theirs, pair(name).config).train(training)
     arguments = call(model.config)
@@ -126,7 +127,7 @@ def test_eager_call_reads_nothing_back_and_writes_over_nothing_that_it_was_given
     assert torch.ops.aten.addmm.default in operations.seen  # the record is not empty
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("name", RELEASED)
 def test_callers_own_compile_of_the_whole_module_is_one_graph(name: str) -> None:
     both = pair(name)
     model = copy_of(both.theirs, both.config)

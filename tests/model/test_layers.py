@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -21,6 +22,7 @@ from cogx_fast.model.layers import (
     timestep_frequencies,
     unpatchify,
 )
+from tests.cases import for_each
 from tests.model.pairs import TOLERANCE
 from tests.support import relative_error, small
 
@@ -29,9 +31,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("flip", [True, False])
-@pytest.mark.parametrize("freq_shift", [0, 1, 5])
-@pytest.mark.parametrize("dim", [1, 2, 33, 64, 3072])
+@for_each("flip, freq_shift, dim", itertools.product([True, False], [0, 1, 5], [1, 2, 33, 64, 3072]))
 def test_timestep_frequencies_are_upstreams(dim: int, freq_shift: int, flip: bool) -> None:
     from diffusers.models.embeddings import get_timestep_embedding
 
@@ -46,8 +46,7 @@ def test_timestep_frequencies_are_upstreams(dim: int, freq_shift: int, flip: boo
     assert relative_error(ours, theirs) <= TOLERANCE or dim == 1
 
 
-@pytest.mark.parametrize("p_t", [None, 1, 2, 3])
-@pytest.mark.parametrize("p", [1, 2, 3])
+@for_each("p_t, p", itertools.product([None, 1, 2, 3], [1, 2, 3]))
 def test_unpatchify_turns_back_what_patch_embed_takes_apart(p: int, p_t: int | None) -> None:
     """With the identity as projection: each patch holds the (C, p_t, p, p) values of its place."""
     channels, grid = 5, (2, 3, 4)
@@ -88,7 +87,7 @@ def test_patches_are_upstreams_convolution_and_leave_half_patches_out() -> None:
             assert relative_error(ours(patches, text, None), theirs(text, latents)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("activation", FEED_FORWARD_ACTIVATIONS)
+@for_each("activation", FEED_FORWARD_ACTIVATIONS)
 def test_feed_forward_is_upstreams(activation: str) -> None:
     from diffusers.models.attention import FeedForward as Theirs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 import weakref
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.config import FEED_FORWARD_ACTIVATIONS, TIMESTEP_ACTIVATIONS
 from cogx_fast.runtime.module import CogVideoXModel
+from tests.cases import for_each
 from tests.model.pairs import TOLERANCE, call, new_pair, pair
 from tests.support import RELEASED, relative_error, small
 
@@ -63,7 +65,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes"), OPTIONS, ids=lambda value: str(value).strip("{}").replace("'", ""))
+@for_each("name, changes", OPTIONS)
 def test_output_equals_upstream_with_option(name: str, changes: dict[str, Any]) -> None:
     both = new_pair(small(name, **changes))
     arguments = call(both.config)
@@ -90,8 +92,7 @@ def joint_masks(batch: int, heads: int, tokens: int) -> dict[str, torch.Tensor]:
     return masks
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("which", joint_masks(1, 1, 1))
+@for_each("batch, which", itertools.product([1, 2], joint_masks(1, 1, 1)))
 def test_attention_mask_of_upstreams_shapes(which: str, batch: int) -> None:
     both = pair("5b")
     arguments = call(both.config, batch=batch)
@@ -102,12 +103,10 @@ def test_attention_mask_of_upstreams_shapes(which: str, batch: int) -> None:
         assert relative_error(masked, both.ours(**arguments).sample) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [torch.ones(2, 127), torch.ones(1, 128), torch.ones(128, 128), torch.ones(3, 128, 128), torch.ones(128),
-     torch.ones(2, 128, dtype=torch.long), [[1.0] * 128] * 2, torch.ones(2, 3, 128, 128), torch.ones(2, 2, 1, 64, 2)],
-    ids=lambda mask: f"{mask.dtype}{list(mask.shape)}" if isinstance(mask, torch.Tensor) else "list",
-)  # fmt: skip
+SHAPES = [(2, 127), (1, 128), (128, 128), (3, 128, 128), (128,), (2, 3, 128, 128), (2, 2, 1, 64, 2)]
+
+
+@for_each("mask", [*map(torch.ones, SHAPES), torch.ones(2, 128, dtype=torch.long), [[1.0] * 128] * 2])
 def test_attention_mask_of_another_shape_or_kind_is_refused(mask: Any) -> None:
     both = pair("5b")
     with pytest.raises(ValueError, match=r"attention_mask .* expected .* B = 2, N = 2, S = 128"):
@@ -210,7 +209,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WRONG)
+@for_each("case", WRONG)
 def test_inputs_that_do_not_fit_are_named(case: str) -> None:
     name, changes, message = WRONG[case]
     both = pair(name)
@@ -224,7 +223,7 @@ def test_timestep_cond_fails_on_upstream_too() -> None:
         both.theirs(**call(both.config), timestep_cond=torch.zeros(2, 48))
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("name", RELEASED)
 def test_a_model_can_be_copied_and_pickled_after_use(name: str) -> None:
     both = pair(name)
     arguments = call(both.config)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
+from tests.cases import for_each
 from tests.model.pairs import ADDED_POSITIONS, CONVOLVED, TOLERANCE, Pair, call, pair
 from tests.support import RELEASED, inputs, pipeline_rotary, relative_error
 
@@ -38,8 +40,7 @@ def pair_for(name: str, size: dict[str, int]) -> Pair:
     return pair(name, **{f"sample_{side}": size[side] for side in ("height", "width") if side in size})
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(("name", "size"), CASES)
+@for_each("batch, name, size", [(batch, *case) for batch in [1, 2] for case in CASES])
 def test_output_equals_upstream_with_and_without_given_tables(name: str, size: str, batch: int) -> None:
     both = pair_for(name, SIZES[size])
     arguments = inputs(both.config, batch=batch, **SIZES[size])
@@ -52,7 +53,7 @@ def test_output_equals_upstream_with_and_without_given_tables(name: str, size: s
     assert relative_error(built, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("name", RELEASED)
 def test_the_comparison_would_notice_rotation_attention_and_text(name: str) -> None:
     theirs = pair(name).theirs
     arguments = call(pair(name).config)
@@ -68,19 +69,12 @@ def test_the_comparison_would_notice_rotation_attention_and_text(name: str) -> N
             assert relative_error(theirs(**arguments | {"image_rotary_emb": None}).sample, expected) > 0.02
 
 
-@pytest.mark.parametrize("text_len", [1, 5])
-@pytest.mark.parametrize("name", WITHOUT_ADDED)
-def test_text_shorter_than_the_maximum(name: str, text_len: int) -> None:
+@for_each("text_len, name", itertools.product([1, 5, 11], WITHOUT_ADDED))
+def test_text_shorter_and_longer_than_the_maximum_where_no_position_is_added(name: str, text_len: int) -> None:
     assert pair(name).error(call(pair(name).config, text_len=text_len)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", WITHOUT_ADDED)
-def test_text_longer_than_the_maximum_where_no_position_is_added(name: str) -> None:
-    assert pair(name).error(call(pair(name).config, text_len=11)) <= TOLERANCE
-
-
-@pytest.mark.parametrize("height", [12, 8])
-@pytest.mark.parametrize("name", ADDED_POSITIONS)
+@for_each("height, name", itertools.product([12, 8], ADDED_POSITIONS))
 def test_shorter_text_keeps_the_first_text_positions_where_positions_are_added(name: str, height: int) -> None:
     """Upstream cannot run it: its joint table is cut by hand, text rows from the end of the text's part."""
     text_len = 5
@@ -100,8 +94,7 @@ def test_learned_positions_give_way_to_sincos_ones_for_another_number_of_frames(
     assert not both.theirs.patch_embed.pos_embedding.eq(0).all()
 
 
-@pytest.mark.parametrize("name", RELEASED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@for_each("name, dtype", itertools.product(RELEASED, [torch.float32, torch.bfloat16, torch.float64]))
 def test_any_given_tables_are_honoured(name: str, dtype: torch.dtype) -> None:
     """Also tables of no rotation, where the two channels of a pair differ, and in a model without rotary positions."""
     both = pair(name)
@@ -113,7 +106,7 @@ def test_any_given_tables_are_honoured(name: str, dtype: torch.dtype) -> None:
     assert both.error(arguments, image_rotary_emb=[cos, sin]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ROTARY)
+@for_each("name", ROTARY)
 def test_identity_tables_are_upstreams_none_and_none_is_not(name: str) -> None:
     both = pair(name)
     arguments = call(both.config)
@@ -137,13 +130,9 @@ def test_frames_padded_as_the_pipelines_pad_them(name: str) -> None:
     assert both.error(arguments | {"hidden_states": padded}, image_rotary_emb=tables) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "timestep",
-    [7, 7.5, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 901]), torch.tensor([0.25, 999.5]),
+@for_each("timestep", [7, 7.5, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 901]), torch.tensor([0.25, 999.5]),
      torch.tensor([7, 901], dtype=torch.int32), torch.tensor([7.0, 640.0], dtype=torch.bfloat16),
-     torch.tensor([7.25], dtype=torch.float64)],
-    ids=lambda t: f"{t.dtype}{list(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__,
-)  # fmt: skip
+     torch.tensor([7.25], dtype=torch.float64)])  # fmt: skip
 def test_every_kind_of_timestep(timestep: Any) -> None:
     both = pair("5b")
     arguments = call(both.config)
@@ -154,7 +143,7 @@ def test_every_kind_of_timestep(timestep: Any) -> None:
     assert relative_error(ours, theirs) <= TOLERANCE
 
 
-@pytest.mark.parametrize("ofs", [2, 2.0, torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([2.0, 5.0])], ids=str)
+@for_each("ofs", [2, 2.0, torch.tensor(2.0), torch.tensor([2.0]), torch.tensor([2.0, 5.0])])
 def test_every_kind_of_ofs(ofs: Any) -> None:
     both = pair("1.5-5b-i2v")
     arguments = call(both.config)
@@ -173,7 +162,7 @@ def test_ofs_is_ignored_by_models_without_it() -> None:
         torch.testing.assert_close(both.ours(**arguments, ofs=2.0), both.ours(**arguments), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("name", RELEASED)
 def test_inputs_are_read_through_any_strides_and_left_as_they_were(name: str) -> None:
     both = pair(name)
     arguments = call(both.config)

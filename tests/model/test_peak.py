@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.cases import for_each
 from tests.model.pairs import new_pair, with_tables
 from tests.support import RELEASED, inputs, small
 
@@ -61,8 +62,7 @@ def test_the_count_is_of_what_lives_at_a_time() -> None:
     assert live.peak == 440
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("dtype, name", itertools.product([torch.bfloat16, torch.float32], RELEASED))
 def test_an_eager_step_needs_no_more_memory_than_diffusers(name: str, dtype: torch.dtype) -> None:
     """But for what a step makes once, modulation of all layers and tables, which at released sizes is 0.3 % of it."""
     config = small(name, num_attention_heads=16)

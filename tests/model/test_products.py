@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cogx_fast.config import PRESETS
-from cogx_fast.model.layers import _Projection
+from cogx_fast.model.layers import FeedForward
 from cogx_fast.model.products import is_int8_dynamic, project
+from tests.cases import for_each
 from tests.model.test_layers import randn
 from tests.support import relative_error, small
 
@@ -20,12 +24,13 @@ DYNAMIC = ("int8-dynamic", "fp8-dynamic-emulated", "fp8-dynamic-tensor-emulated"
 WEIGHT_ONLY = ("int8-weight-only", "fp8-weight-only")
 
 
-def _projection(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> _Projection:
+def _projection(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
+    """A feed-forward's first linear with its activation."""
     torch.manual_seed(0)
-    return _Projection(small("5b", **changes)).to(dtype)
+    return FeedForward(small("5b", **changes)).net[0].to(dtype)
 
 
-def _plain(projection: _Projection, x: Tensor) -> Tensor:
+def _plain(projection: Any, x: Tensor) -> Tensor:
     return F.gelu(F.linear(x, projection.proj.weight, projection.proj.bias), approximate="tanh")
 
 
@@ -43,43 +48,72 @@ def _quantized(scheme: str) -> tuple[nn.Linear, Tensor]:
     return linear, weight
 
 
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The products that took the activation; the operator computes here what it does on CUDA."""
-    calls: list[Tensor] = []
+def _parts(tensor: Tensor) -> tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]:
+    """The plain tensors that it is made of, and what makes one like it of others."""
+    if not hasattr(type(tensor), "__tensor_flatten__"):
+        return [tensor.detach()], lambda parts: parts[0]
+    names, context = tensor.__tensor_flatten__()
+    kind, size, stride = type(tensor), tensor.shape, tensor.stride()
+    return [getattr(tensor, name) for name in names], lambda parts: kind.__tensor_unflatten__(
+        dict(zip(names, parts, strict=True)), context, size, stride
+    )
 
-    def operator(bias: Tensor, left: Tensor, right: Tensor, *, use_gelu: bool) -> Tensor:
+
+def on_cuda(module: nn.Module, x: Tensor) -> tuple[Tensor, list[torch.Size]]:
+    """What the module computes where its weights and ``x`` are on a CUDA device, and what was given to a product that
+    takes the GELU along: its operators, traced on tensors of such a device that hold nothing, are run on the CPU.
+    """
+    parts = {name: _parts(parameter) for name, parameter in module.named_parameters()}
+    plain = [x, *(tensor for tensors, _ in parts.values() for tensor in tensors)]
+
+    def call(x: Tensor, *tensors: Tensor) -> Tensor:
+        left = list(tensors)
+        weights = {name: make([left.pop(0) for _ in own]) for name, (own, make) in parts.items()}
+        return torch.func.functional_call(module, weights, (x,))
+
+    with FakeTensorMode():
+        empty = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in plain]
+    graph, taken = make_fx(call)(*empty), []
+
+    def product(bias: Tensor, left: Tensor, right: Tensor, *, use_gelu: bool) -> Tensor:
+        """As on CUDA; the CPU's own computes another GELU."""
         assert use_gelu
-        calls.append(left)
+        taken.append(left.shape)
         return F.gelu(torch.addmm(bias, left, right), approximate="tanh")
 
-    monkeypatch.setattr(torch, "_addmm_activation", operator)
-    return calls
+    for node in graph.graph.nodes:
+        if node.target == torch.ops.aten._addmm_activation.default:
+            node.target = product
+    graph.recompile()
+    return graph(*plain), taken
 
 
-@pytest.fixture
-def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+class _Product(nn.Module):
+    def __init__(self, linear: nn.Linear, **options: bool) -> None:
+        super().__init__()
+        self.linear, self.options = linear, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return project(self.linear, x, **self.options)
 
 
 # ------------------------------------------------------------------------------------------- the GELU in the product
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_it_is_taken_on_cuda_without_gradients(taken: list[Tensor], pretend_cuda: None, dtype: torch.dtype) -> None:
+@for_each("dtype", [torch.bfloat16, torch.float16])
+def test_it_is_taken_on_cuda_without_gradients(dtype: torch.dtype) -> None:
     projection, x = _projection(dtype), randn(2, 9, 128).to(dtype)
     with torch.no_grad():
-        out = projection(x)
-        assert [tuple(left.shape) for left in taken] == [(18, 128)]
+        out, taken = on_cuda(projection, x)
+        assert taken == [(18, 128)]
         assert out.shape == (2, 9, 512)
         assert torch.equal(out, _plain(projection, x))
 
 
-def test_the_cpu_keeps_the_plain_formula(taken: list[Tensor]) -> None:
+def test_the_cpu_keeps_the_plain_formula() -> None:
     projection, x = _projection(), randn(2, 9, 128).bfloat16()
     with torch.no_grad():
         assert torch.equal(projection(x), _plain(projection, x))
-    assert not taken
 
 
 class _Wrapper(Tensor):
@@ -96,6 +130,10 @@ class _Wrapper(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["inner"], None
 
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Tensor:
+        return _Wrapper.of(inner["inner"])
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         values = [value.inner if isinstance(value, cls) else value for value in args]
@@ -103,14 +141,14 @@ class _Wrapper(Tensor):
         return _Wrapper.of(result) if function is torch.ops.aten.detach.default else result
 
 
-def _adapter(projection: _Projection) -> None:
+def _adapter(projection: Any) -> None:
     class Adapter(nn.Linear):
         pass
 
     projection.proj.__class__ = Adapter
 
 
-REASONS: dict[str, Callable[[_Projection], object]] = {
+REASONS: dict[str, Callable[[Any], object]] = {
     "another kind of linear": _adapter,
     "a weight made of others": lambda p: setattr(
         p.proj, "weight", nn.Parameter(_Wrapper.of(p.proj.weight.detach()), requires_grad=False)
@@ -122,50 +160,38 @@ REASONS: dict[str, Callable[[_Projection], object]] = {
 }
 
 
-def test_weights_that_are_inputs_of_a_function_are_taken_too(taken: list[Tensor], pretend_cuda: None) -> None:
-    """As a package's are: plain tensors in the parameters' place."""
-    projection, x = _projection(), randn(2, 9, 128).bfloat16()
-    weights = {name: parameter.detach() for name, parameter in projection.named_parameters()}
-    with torch.no_grad():
-        out = torch.func.functional_call(projection, weights, (x,))
-        assert torch.equal(out, _plain(projection, x))
-    assert len(taken) == 1
-
-
-@pytest.mark.parametrize("reason", REASONS)
-def test_what_keeps_it_from_being_taken(taken: list[Tensor], pretend_cuda: None, reason: str) -> None:
+@for_each("change", REASONS.values(), ids=REASONS)
+def test_what_keeps_it_from_being_taken(change: Callable[[Any], object]) -> None:
     projection = _projection()
-    REASONS[reason](projection)
+    change(projection)
     x = randn(2, 9, 128).to(projection.proj.bias.dtype)
     with torch.no_grad():
-        assert torch.equal(projection(x), _plain(projection, x))
+        out, taken = on_cuda(projection, x)
+        assert torch.equal(out, _plain(projection, x))
     assert not taken
 
 
-def test_hooks_see_the_call(pretend_cuda: None) -> None:
+def test_hooks_see_the_call() -> None:
     projection, seen = _projection(), []
     projection.proj.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape))
     with torch.no_grad():
-        projection(randn(2, 9, 128).bfloat16())
+        on_cuda(projection, randn(2, 9, 128).bfloat16())
     assert seen == [(18, 128)]
 
 
-def test_gradients_and_other_activations_keep_it_from_being_taken(taken: list[Tensor], pretend_cuda: None) -> None:
+def test_gradients_and_other_activations_keep_it_from_being_taken() -> None:
     x = randn(2, 9, 128).bfloat16()
-    projection = _projection()
-    projection(x).sum().backward()
-    assert projection.proj.weight.grad is not None
+    assert not on_cuda(_projection(), x)[1]
     with torch.no_grad():
-        _projection(activation_fn="gelu")(x)
-    assert not taken
+        assert on_cuda(_projection(), x)[1]
+        assert not on_cuda(_projection(activation_fn="gelu"), x)[1]
 
 
 # -------------------------------------------------------------------------------------------------- quantized weights
 
 
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("scheme", DYNAMIC)
-def test_dynamic_ones_are_torchaos_own(scheme: str, gelu: bool, pretend_cuda: None) -> None:
+@for_each("gelu, scheme", itertools.product([False, True], DYNAMIC))
+def test_dynamic_ones_are_torchaos_own(scheme: str, gelu: bool) -> None:
     linear, _ = _quantized(scheme)
     x = randn(2, 9, 128).bfloat16()
     x[1, 3] = 0  # a row of zeros divides by nothing
@@ -176,24 +202,24 @@ def test_dynamic_ones_are_torchaos_own(scheme: str, gelu: bool, pretend_cuda: No
     assert torch.equal(ours, F.gelu(theirs, approximate="tanh") if gelu else theirs)
 
 
-@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
-def test_weight_only_ones_are_torchaos_up_to_rounding(scheme: str, pretend_cuda: None, taken: list[Tensor]) -> None:
+@for_each("scheme", WEIGHT_ONLY)
+def test_weight_only_ones_are_torchaos_up_to_rounding(scheme: str) -> None:
     """Judged by each one's error against fp32 with the same quantized weight: no larger than torchao's own."""
     linear, weight = _quantized(scheme)
     x = randn(2, 300, 128).bfloat16()
     with torch.no_grad():
         exact = F.linear(x.float(), linear.weight.dequantize(torch.float32), linear.bias.float())
         theirs = F.linear(x, linear.weight, linear.bias)
-        ours = project(linear, x)
+        ours, _ = on_cuda(_Product(linear), x)
         assert relative_error(ours, exact) <= 1.05 * relative_error(theirs, exact)
         assert relative_error(ours, exact) <= 0.005
         assert relative_error(exact, F.linear(x.float(), weight.float(), linear.bias.float())) <= 0.05
-        activated = project(linear, x, gelu=True)
+        activated, taken = on_cuda(_Product(linear, gelu=True), x)
     assert torch.equal(activated, F.gelu(ours, approximate="tanh"))
     assert len(taken) == 1
 
 
-@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+@for_each("scheme", WEIGHT_ONLY)
 def test_on_the_cpu_weight_only_ones_are_torchaos_own(scheme: str) -> None:
     linear, _ = _quantized(scheme)
     x = randn(2, 9, 128).bfloat16()
@@ -201,7 +227,7 @@ def test_on_the_cpu_weight_only_ones_are_torchaos_own(scheme: str) -> None:
         assert torch.equal(project(linear, x), F.linear(x, linear.weight, linear.bias))
 
 
-@pytest.mark.parametrize("scheme", [*DYNAMIC, *WEIGHT_ONLY])
+@for_each("scheme", [*DYNAMIC, *WEIGHT_ONLY])
 def test_which_are_products_of_int8(scheme: str) -> None:
     assert is_int8_dynamic(_quantized(scheme)[0]) == (scheme == "int8-dynamic")
     assert not is_int8_dynamic(nn.Linear(4, 4))
@@ -219,7 +245,7 @@ def test_on_cuda_no_kernel_follows_and_it_is_as_accurate(name: str, rows: int, d
     from torch.profiler import ProfilerActivity, profile
 
     torch.manual_seed(0)
-    projection = _Projection(PRESETS[name]).to("cuda", dtype)
+    projection: Any = FeedForward(PRESETS[name]).net[0].to("cuda", dtype)
     x = torch.randn(1, rows, PRESETS[name].inner_dim, device="cuda", dtype=dtype)
     with torch.no_grad():
         projection(x)

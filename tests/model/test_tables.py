@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from cogx_fast.config import PRESETS, TransformerConfig
 from cogx_fast.model.tables import join_rotary, rotary_tables, sincos_table
+from tests.cases import for_each
 from tests.support import pipeline_rotary
 
 # latent frames, height, width: the released sizes, then others that the pipelines take
@@ -29,7 +29,7 @@ def upstream_rotary(config: TransformerConfig, sizes: tuple[int, int, int]) -> t
     return tables
 
 
-@pytest.mark.parametrize(("name", "sizes"), REAL + OTHER)
+@for_each("name, sizes", REAL + OTHER)
 def test_rotary_tables_are_those_the_pipeline_gives(name: str, sizes: Any) -> None:
     config = PRESETS[name]
     ours = rotary_tables(config, config.grid(*sizes))
@@ -44,7 +44,7 @@ def test_rotary_tables_have_a_row_for_each_token_of_the_released_videos() -> Non
     assert [table.shape for table in rotary_tables(PRESETS["1.5-5b"], (11, 48, 85))] == [(44_880, 64)] * 2
 
 
-@pytest.mark.parametrize("head_dim", [16, 32, 48, 128])
+@for_each("head_dim", [16, 32, 48, 128])
 def test_rotary_tables_of_other_head_widths(head_dim: int) -> None:
     for name in ("5b", "1.5-5b"):
         config = dataclasses.replace(PRESETS[name], attention_head_dim=head_dim, sample_height=20, sample_width=34)
@@ -81,7 +81,7 @@ def upstream_sincos(config: TransformerConfig, sizes: tuple[int, int, int]) -> T
     return table[0, config.max_text_seq_length :]
 
 
-@pytest.mark.parametrize("sizes", [(13, 60, 90), (13, 90, 60), (1, 2, 2), (3, 61, 91), (25, 34, 62)])
+@for_each("sizes", [(13, 60, 90), (13, 90, 60), (1, 2, 2), (3, 61, 91), (25, 34, 62)])
 def test_sincos_table_is_upstreams(sizes: Any) -> None:
     config = PRESETS["2b"]
     ours, theirs = sincos_table(config, config.grid(*sizes)), upstream_sincos(config, sizes)
@@ -89,7 +89,7 @@ def test_sincos_table_is_upstreams(sizes: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("changes", [{"spatial_interpolation_scale": 0.7}, {"temporal_interpolation_scale": 3.0},
+@for_each("changes", [{"spatial_interpolation_scale": 0.7}, {"temporal_interpolation_scale": 3.0},
                                      {"num_attention_heads": 1, "attention_head_dim": 16}])  # fmt: skip
 def test_sincos_table_of_other_scales_and_widths(changes: dict[str, Any]) -> None:
     config = dataclasses.replace(PRESETS["2b"], **changes)
