@@ -23,9 +23,10 @@ from cogx_fast.runtime.candidates import drop_garbage
 
 _ROUNDS = 5
 _NO_MEMORY = "out of memory at that moment"
-_CANDIDATES = {
+CANDIDATES = {
     "cuda": ("flex", "flex-flash", "sdpa-cudnn", "sdpa-flash", "fa3", "fa4"),
 }
+"""What is timed, by the kind of device."""
 _ELSEWHERE = ("sdpa",)
 """On the CPU FlexAttention's generated kernel takes 1.2 to 2.7 times as long as SDPA's (benchmarks/NOTES.md)."""
 
@@ -63,7 +64,7 @@ def choose_attention(shape: Shape, dtype: torch.dtype, device: torch.device, *, 
     """
     able = {
         name: BACKENDS[name]
-        for name in _CANDIDATES.get(device.type, _ELSEWHERE)
+        for name in CANDIDATES.get(device.type, _ELSEWHERE)
         if (compiled or BACKENDS[name].masks is not BlockMask)
         and BACKENDS[name].why_not(device, dtype, shape[-1]) is None
     }
@@ -79,7 +80,7 @@ def choose_attention(shape: Shape, dtype: torch.dtype, device: torch.device, *, 
     remembered = memory.get(key)
     measured = remembered or {}
     for name in able if remembered is None else ():
-        measured[name] = _measure(name, shape, dtype, device, compiled)
+        measured[name] = measure(name, shape, dtype, device, compiled)
         drop_garbage(device)  # which the next would have no memory for
     times = {name: ms for name, ms in measured.items() if isinstance(ms, float)}
     if remembered is None and times and _NO_MEMORY not in measured.values():  # another time there may be enough
@@ -98,7 +99,7 @@ def choose_attention(shape: Shape, dtype: torch.dtype, device: torch.device, *, 
     )
 
 
-def _measure(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, compiled: bool) -> float | str:
+def measure(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, compiled: bool) -> float | str:
     """Median milliseconds of one attention, or why it failed."""
     from cogx_fast.runtime.kinds import own
 

@@ -106,7 +106,7 @@ def compile_model(
             from cogx_fast.runtime.recorder import Recorder
 
             int8 = any(map(is_int8_dynamic, model.modules()))
-            recorder = Recorder(config, functools.partial(_inductor_options, config, int8=int8))
+            recorder = Recorder(config, functools.partial(inductor_options, config, int8=int8))
         compile = functools.partial(
             compiler,
             fullgraph=True,
@@ -152,7 +152,8 @@ INT8_OPTIONS: Mapping[str, Any] = {"epilogue_fusion_first": True}
 """Where int8 products on CUDA are timed (``candidates``): a product's scaling joins it before anything else does."""
 
 
-def _inductor_options(config: CompileConfig, device: torch.device, *, int8: bool = False) -> dict[str, Any]:
+def inductor_options(config: CompileConfig, device: torch.device, *, int8: bool = False) -> dict[str, Any]:
+    """Inductor's options on a device; ``int8``: for a model with dynamic products of int8."""
     from torch._inductor import list_mode_options
 
     mode = config.mode or ("max-autotune-no-cudagraphs" if device.type == "cuda" else "default")
@@ -180,6 +181,7 @@ __all__ = [
     "RecompileError",
     "RecompileWarning",
     "compile_model",
+    "inductor_options",
     "uncompile_model",
     "watch_compilation",
 ]

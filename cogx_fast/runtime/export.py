@@ -72,7 +72,7 @@ def export_package(
         for number, (key, indices) in enumerate(kinds.items()):
             on_kind(number, len(kinds))
             target = Path(directory, f"{number}.pt2")
-            _compile_block(model, model.transformer_blocks[indices[0]], sizes, target)
+            compile_block(model, model.transformer_blocks[indices[0]], sizes, target)
             members[f"{key}.pt2"] = target.read_bytes()
     manifest = {
         "versions": describe_versions(),
@@ -131,15 +131,16 @@ class _Functional(nn.Module):
         return output
 
 
-def _compile_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange, target: Path) -> None:
+def compile_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange, target: Path) -> None:
+    """Compile one block ahead of time into a file, while no other process on this machine does."""
     from filelock import FileLock  # torch's own dependency
     from torch._inductor import aoti_compile_and_package, config
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    from cogx_fast.runtime.compile import CompileConfig, _inductor_options
+    from cogx_fast.runtime.compile import CompileConfig, inductor_options
 
     int8 = any(map(is_int8_dynamic, block.modules()))
-    options = _inductor_options(CompileConfig(), model.device, int8=int8)
+    options = inductor_options(CompileConfig(), model.device, int8=int8)
     program = export_block(model, block, sizes)
     # Of two packages at once, one is compiled: torch writes the objects that they share over each other in its cache.
     alone = FileLock(Path(cache_dir(), "cogx_fast-package.lock"))
@@ -156,4 +157,4 @@ def _takes_int8_products(model: CogVideoXModel) -> bool:
     return model.device.type == "cpu" and any(map(is_int8_dynamic, model.modules())) and has_int8_products()
 
 
-__all__ = ["export_block", "export_package"]
+__all__ = ["compile_block", "export_block", "export_package"]

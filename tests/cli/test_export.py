@@ -9,11 +9,12 @@ import pytest
 
 from cogx_fast.cli.export import read_sizes
 from cogx_fast.config import PRESETS
+from tests.cases import for_each
 from tests.conftest import run_cli
 
 
-@pytest.mark.parametrize(
-    ("text", "tokens"),
+@for_each(
+    "text, tokens",
     [
         (None, (2, 226 + 13 * 30 * 45)),
         ("49x480x720", (13 * 30 * 45 + 1, 226 + 13 * 30 * 45)),
@@ -25,8 +26,8 @@ def test_sizes_as_tokens(text: str | None, tokens: tuple[int, int]) -> None:
     assert (sizes.tokens, sizes.batch) == (tokens, 2)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
+@for_each(
+    "arguments, message",
     [
         (["--sizes", "49x480"], "expected FRAMESxHEIGHTxWIDTH"),
         (["--sizes", "48x64x64"], "frames is 48"),
@@ -39,12 +40,12 @@ def test_sizes_as_tokens(text: str | None, tokens: tuple[int, int]) -> None:
 def test_what_cannot_be_is_said(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cogx_fast.runtime import export as module
+    import torch._inductor
 
     def nothing(*_: Any, **__: Any) -> None:
         pytest.fail("compiled all the same")
 
-    monkeypatch.setattr(module, "_compile_block", nothing)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", nothing)
     finished = run_cli("export", "tiny", "--out", tmp_path / "m.pt2", *arguments)
     assert finished.status == 2
     assert message in finished.err

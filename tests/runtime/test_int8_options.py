@@ -1,4 +1,4 @@
-"""Compiled for CUDA, an int8-dynamic model has Inductor options of its own; no other has them, no flag is global."""
+"""Compiled for CUDA, an int8-dynamic model has Inductor options of its own; no other has them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from torch import nn
 
 from cogx_fast.model.products import is_int8_dynamic
 from cogx_fast.runtime import compile
-from cogx_fast.runtime.compile import INT8_OPTIONS, CompileConfig, _inductor_options
+from cogx_fast.runtime.compile import INT8_OPTIONS, CompileConfig, inductor_options
 from quant import quantize
+from tests.cases import for_each
 from tests.support import small
-
-real = _inductor_options
 
 
 def _options(scheme: str | None, device: str, **config: Any) -> dict[str, Any]:
@@ -25,11 +24,11 @@ def _options(scheme: str | None, device: str, **config: Any) -> dict[str, Any]:
         from quant.schemes import torchao_config
 
         quantize_(linear, torchao_config(scheme), filter_fn=lambda *_: True)
-    return _inductor_options(CompileConfig(**config), torch.device(device), int8=is_int8_dynamic(linear))
+    return inductor_options(CompileConfig(**config), torch.device(device), int8=is_int8_dynamic(linear))
 
 
-@pytest.mark.parametrize(
-    ("scheme", "device", "mode", "wanted"),
+@for_each(
+    "scheme, device, mode, wanted",
     [
         ("int8-dynamic", "cuda", None, True),
         ("int8-dynamic", "cuda", "max-autotune-no-cudagraphs", True),
@@ -47,7 +46,7 @@ def test_who_has_them(scheme: str | None, device: str, mode: str | None, wanted:
     )
 
 
-@pytest.mark.parametrize("recipe", [None, "int8-dynamic", "int8-weight-only"])
+@for_each("recipe", [None, "int8-dynamic", "int8-weight-only"])
 def test_the_models_own_linears_decide(monkeypatch: pytest.MonkeyPatch, recipe: str | None) -> None:
     from cogx_fast.runtime.module import CogVideoXModel
 
@@ -55,7 +54,9 @@ def test_the_models_own_linears_decide(monkeypatch: pytest.MonkeyPatch, recipe: 
     if recipe is not None:
         quantize(model, recipe)
     monkeypatch.setattr(
-        compile, "_inductor_options", lambda config, device, *, int8: seen.append(int8) or real(config, device)
+        compile,
+        "inductor_options",
+        lambda config, device, *, int8: seen.append(int8) or inductor_options(config, device),
     )
     compile.compile_model(model, CompileConfig())
     assert set(seen) == {recipe == "int8-dynamic"}
@@ -63,11 +64,3 @@ def test_the_models_own_linears_decide(monkeypatch: pytest.MonkeyPatch, recipe: 
 
 def test_options_of_the_caller_come_last() -> None:
     assert not _options("int8-dynamic", "cuda", options={"epilogue_fusion_first": False})["epilogue_fusion_first"]
-
-
-def test_no_flag_is_global() -> None:
-    from torch._inductor import config
-
-    _options("int8-dynamic", "cuda")
-    assert "ATEN" in config.max_autotune_gemm_backends
-    assert not config.epilogue_fusion_first

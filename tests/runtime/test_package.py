@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,15 @@ import torch
 from safetensors.torch import save_file
 
 import cogx_fast
-from cogx_fast.loading import load, load_package, load_weights
-from cogx_fast.runtime import export, streaming
+from cogx_fast.loading import load, load_package
 from cogx_fast.runtime import package as module
+from cogx_fast.runtime import streaming
 from cogx_fast.runtime.code_file import ArtifactError, read_artifact, write_artifact
-from cogx_fast.runtime.export import export_package
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.package import SizeRange
 from tests import worlds
 from tests.cases import for_each
 from tests.conftest import Package
-from tests.support import RELEASED, inputs, relative_error, small, upstream
+from tests.support import inputs, predict, relative_error, small, upstream
 from tests.weights.lora_files import halves
 
 SIZES: list[dict[str, int]] = [
@@ -37,16 +34,10 @@ SIZES: list[dict[str, int]] = [
 ]
 
 
-def call(model: CogVideoXModel, arguments: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        output: torch.Tensor = model(**arguments, return_dict=False)[0]
-    return output
-
-
 def check(packaged: CogVideoXModel, eager: CogVideoXModel, most: float = 1e-5) -> None:
     for size in SIZES:
         arguments = inputs(eager.config, **size)
-        assert relative_error(call(packaged, arguments), call(eager, arguments)) <= most, size
+        assert relative_error(predict(packaged, arguments), predict(eager, arguments)) <= most, size
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +63,8 @@ def test_other_weights_of_the_configuration(package: Package) -> None:
     model = load_package(package.path, other)
     eager = load(other)
     check(model, eager)
-    first = call(load_package(package.path, package.checkpoint), inputs(packaged_config))
-    assert relative_error(first, call(eager, inputs(packaged_config))) > 0.1
+    first = predict(load_package(package.path, package.checkpoint), inputs(packaged_config))
+    assert relative_error(first, predict(eager, inputs(packaged_config))) > 0.1
 
 
 def test_weights_that_are_changed_in_place_or_replaced(package: Package) -> None:
@@ -105,7 +96,7 @@ def test_loras_are_exchanged_under_its_code(package: Package, tmp_path: Path) ->
     save_file(tensors, tmp_path / "lora.safetensors")
     model.set_loras([tmp_path / "lora.safetensors"])
     check(model, load(package.checkpoint, loras=[tmp_path / "lora.safetensors"]))
-    assert relative_error(call(model, inputs(plain.config)), call(plain, inputs(plain.config))) > 1e-2
+    assert relative_error(predict(model, inputs(plain.config)), predict(plain, inputs(plain.config))) > 1e-2
     model.set_loras([])
     check(model, plain)
 
@@ -115,18 +106,18 @@ def test_weights_of_another_kind_in_their_place(package: Package) -> None:
     model = load_package(package.path, package.checkpoint)
     linear = model.transformer_blocks[1].attn1.to_qkv
     arguments = inputs(model.config)
-    before = call(model, arguments)
+    before = predict(model, arguments)
     linear.register_buffer("another", torch.ones(1))
     with pytest.raises(ValueError, match="names, shapes, dtypes or quantization changed"):
-        call(model, arguments)
+        predict(model, arguments)
     del linear.another
-    assert torch.equal(call(model, arguments), before)
+    assert torch.equal(predict(model, arguments), before)
     copy = torch.nn.Linear(linear.in_features, linear.out_features)
     copy.load_state_dict(linear.state_dict())
     model.transformer_blocks[1].attn1.to_qkv = copy.requires_grad_(False)  # another module of the kind
-    assert torch.equal(call(model, arguments), before)
+    assert torch.equal(predict(model, arguments), before)
     copy.weight.data = copy.weight * 2
-    assert not torch.equal(call(model, arguments), before)
+    assert not torch.equal(predict(model, arguments), before)
 
 
 CHILD = """
@@ -165,136 +156,6 @@ def test_no_compiler_at_run_time(package: Package, packaged: CogVideoXModel, tmp
     text = torch.ones(1, config.max_text_seq_length, config.text_embed_dim)
     with torch.no_grad():
         assert total == pytest.approx(packaged(latents, text, 500).sample.double().sum().item(), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_the_tiny_models_first_output_within_three_seconds(tmp_path: Path) -> None:
-    """From the end of torch's import to the output, the package's and the weights' loading included. In bf16."""
-    model = load("tiny")
-    export_package(model, tmp_path / "tiny.pt2", SizeRange(tokens=(2, 2000)))
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    seconds, _ = first_output(tmp_path / "tiny.pt2", "tiny", empty)
-    print(f"first output after {seconds:.2f} s")
-    assert seconds <= 3
-    exact, packaged = load("tiny", dtype="fp32"), load_package(tmp_path / "tiny.pt2", "tiny")
-    for size in SIZES:
-        arguments = inputs(model.config, **size)
-        half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in arguments.items()}
-        truth = call(exact, arguments)
-        eager_error = relative_error(call(model, half), truth)
-        assert relative_error(call(packaged, half), truth) <= 1.05 * eager_error, size
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in RELEASED if name != "5b"])
-def test_every_released_model_can_be_packaged(name: str, tmp_path: Path) -> None:
-    source = upstream(small(name, num_attention_heads=1))
-    export_package(load(source), tmp_path / "m.pt2", SizeRange(tokens=(2, 1000)))
-    model, eager = load_package(tmp_path / "m.pt2", source), load(source)
-    for batch in (1, 2):
-        for size in ({}, {"text_len": 3}) if name != "5b-i2v" else ({},):
-            arguments = inputs(eager.config, batch=batch, **size)
-            assert relative_error(call(model, arguments), call(eager, arguments)) <= 1e-5
-
-
-def quantized(source: Any, recipe: str) -> CogVideoXModel:
-    """Eager: ``load`` would warn that it is slow."""
-    return load_weights(source, CogVideoXModel, attention="sdpa", compiled=False, quant=recipe)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("recipe", ["int8-dynamic", "int8-weight-only"])
-def test_a_quantized_package(recipe: str, tmp_path: Path) -> None:
-    """Its weights are quantized when it is loaded. Its error against fp32 is that of the quantized eager model."""
-    source, other = upstream(small("5b", num_attention_heads=1)), upstream(small("5b", num_attention_heads=1), seed=7)
-    export_package(quantized(source, recipe), tmp_path / "m.pt2", SizeRange(tokens=(2, 264)))
-    for weights in (source, other):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            packaged = load_package(tmp_path / "m.pt2", weights)
-        eager, exact = quantized(weights, recipe), load(weights)
-        for size in SIZES:
-            arguments = inputs(exact.config, **size)
-            truth = call(exact, arguments)
-            eager_error = relative_error(call(eager, arguments), truth)
-            assert eager_error > 1e-4
-            assert relative_error(call(packaged, arguments), truth) <= 1.05 * eager_error, size
-
-
-@pytest.mark.slow
-def test_a_package_with_flex_attention(tmp_path: Path) -> None:
-    source = upstream(small("5b", num_attention_heads=1))
-    export_package(load(source, attention="flex"), tmp_path / "m.pt2", SizeRange(tokens=(2, 264)))
-    packaged = load_package(tmp_path / "m.pt2", source)
-    assert list(packaged.attention_backends) == ["flex"]
-    check(packaged, load(source))
-
-
-@for_each(
-    "device, recipe, given",
-    [
-        ("cuda", "int8-dynamic", True),
-        ("cuda", "int8-weight-only", False),
-        ("cuda", None, False),
-        ("cpu", "int8-dynamic", False),
-    ],
-)
-def test_int8_products_are_compiled_as_without_a_package(
-    device: str, recipe: str | None, given: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import torch._inductor
-
-    from cogx_fast.runtime.compile import INT8_OPTIONS
-
-    found: dict[str, Any] = {}
-    monkeypatch.setattr(export, "export_block", lambda *_: None)
-    monkeypatch.setattr(
-        torch._inductor, "aoti_compile_and_package", lambda *_, inductor_configs, **__: found.update(inductor_configs)
-    )
-    monkeypatch.setattr(CogVideoXModel, "device", torch.device(device))
-    model = CogVideoXModel(small("5b", num_layers=1)) if recipe is None else quantized(upstream(small("5b")), recipe)
-    export._compile_block(model, model.transformer_blocks[0], SizeRange(tokens=(2, 9)), tmp_path / "0")
-    assert found["aot_inductor.embed_kernel_binary"]
-    assert (found.items() >= INT8_OPTIONS.items()) == given
-    assert bool(found.get("max_autotune")) == (device == "cuda")
-
-
-def test_one_package_is_compiled_at_a_time_whatever_the_process(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """torch's cache has objects that packages share, and writes them in place."""
-    import torch._inductor
-    from filelock import FileLock, Timeout
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    refused = []
-
-    def compile_and_package(*_: Any, **__: Any) -> None:
-        with pytest.raises(Timeout):
-            FileLock(Path(cache_dir(), "cogx_fast-package.lock"), timeout=0).acquire()
-        refused.append(True)
-
-    monkeypatch.setattr(export, "export_block", lambda *_: None)
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_and_package)
-    model = CogVideoXModel(small("5b", num_layers=1))
-    export._compile_block(model, model.transformer_blocks[0], SizeRange(tokens=(2, 9)), tmp_path / "0")
-    assert refused
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["sdpa", "flex"])
-def test_a_package_for_cuda(attention: str, tmp_path: Path) -> None:
-    source = upstream(small("5b"))
-    model = load(source, dtype="bf16", device="cuda", attention=attention)
-    export_package(model, tmp_path / "m.pt2", SizeRange(tokens=(2, 1000)))
-    packaged, exact = load_package(tmp_path / "m.pt2", source), load(source, dtype="fp32", device="cuda")
-    for size in SIZES[:4]:
-        arguments = inputs(model.config, device="cuda", **size)
-        half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in arguments.items()}
-        truth = call(exact, arguments)
-        assert relative_error(call(packaged, half), truth) <= 1.05 * relative_error(call(model, half), truth), size
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -384,27 +245,27 @@ def test_calls_that_the_code_is_not_for(package: Package) -> None:
     many = inputs(model.config, batch=4) | {"timestep": 3}
     many = {name: torch.cat([value, value]) if torch.is_tensor(value) else value for name, value in many.items()}
     with pytest.raises(ValueError, match=r"8 videos of .* but the package is for up to 4"):
-        call(model, many)
+        predict(model, many)
     with pytest.raises(ValueError, match=r"tokens .* of 2 to 264: export one"):
-        call(model, inputs(model.config, height=40, width=40))
+        predict(model, inputs(model.config, height=40, width=40))
     with pytest.raises(ValueError, match="attention mask"):
-        call(model, arguments | {"attention_kwargs": {"attention_mask": mask}})
+        predict(model, arguments | {"attention_kwargs": {"attention_mask": mask}})
     with pytest.raises(ValueError, match="gradients"):
         model(**arguments | {"hidden_states": arguments["hidden_states"].requires_grad_()})
     with pytest.raises(ValueError, match=r"shape, dtype or device changed"):
-        call(model.to(torch.bfloat16), inputs(model.config, dtype=torch.bfloat16))
+        predict(model.to(torch.bfloat16), inputs(model.config, dtype=torch.bfloat16))
 
 
 def test_what_is_attached_inside_a_block_is_refused_for_its_code_does_not_call_it(package: Package) -> None:
     model = load_package(package.path, package.checkpoint)
     arguments = inputs(model.config)
-    expected = call(model, arguments)
+    expected = predict(model, arguments)
     handle = model.transformer_blocks[0].ff.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"package runs its blocks without .*hook .*on transformer_blocks\.0\.ff"):
-        call(model, arguments)
+        predict(model, arguments)
     handle.remove()
     model.transformer_blocks[0].register_forward_hook(lambda module, args, output: output * 0.5)
-    assert relative_error(call(model, arguments), expected) > 1e-3
+    assert relative_error(predict(model, arguments), expected) > 1e-3
 
 
 def test_a_step_cache_skips_a_packages_blocks(package: Package) -> None:
@@ -414,11 +275,11 @@ def test_a_step_cache_skips_a_packages_blocks(package: Package) -> None:
         each.set_step_cache("mask:1,0,1")
         arguments = inputs(each.config)
         batch = arguments["hidden_states"].shape[0]
-        found.append([call(each, arguments | {"timestep": timestep.expand(batch)}) for timestep in steps])
+        found.append([predict(each, arguments | {"timestep": timestep.expand(batch)}) for timestep in steps])
     for ours, wanted in zip(*found, strict=True):
         assert relative_error(ours, wanted) <= 1e-5
     model.set_step_cache(None)
-    assert relative_error(call(model, arguments | {"timestep": steps[1].expand(batch)}), found[1][1]) > 1e-5
+    assert relative_error(predict(model, arguments | {"timestep": steps[1].expand(batch)}), found[1][1]) > 1e-5
 
 
 def test_a_packages_code_runs_with_streamed_blocks(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,26 +292,11 @@ def test_a_packages_code_runs_with_streamed_blocks(package: Package, monkeypatch
     arguments = inputs(eager.config)
     with monkeypatch.context() as patch:  # it computes from what was copied, and from nothing else
         patch.setattr(streaming.InOrder, "copy", lambda _, source, target, after: target.zero_())
-        assert relative_error(call(model, arguments), call(eager, arguments)) > 1e-2
+        assert relative_error(predict(model, arguments), predict(eager, arguments)) > 1e-2
     with pytest.raises(ValueError, match="offload is 'disk', expected 'blocks'"):
         load_package(package.path, package.checkpoint, offload="disk")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"load_package\(\.\.\., offload='blocks'\)"):
         streaming.stream_blocks(load_package(package.path, package.checkpoint), torch.device("cpu"))
-
-
-@for_each("sizes", [{"tokens": (1, 9)}, {"tokens": (9, 9)}, {"tokens": (2, 9), "batch": 1}])
-def test_ranges_that_are_none(sizes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        SizeRange(**sizes)
-
-
-def test_without_a_cpp_compiler_the_message_says_so(package: Package, tmp_path: Path) -> None:
-    from torch._inductor import config
-
-    model = load(package.checkpoint)
-    with config.patch({"cpp.cxx": (str(tmp_path / "none"),)}), pytest.raises(ValueError, match="install g"):
-        export_package(model, tmp_path / "m.pt2", SizeRange(tokens=(2, 100)))
-    assert not (tmp_path / "m.pt2").exists()
 
 
 # -- beside diffusers --------------------------------------------------------------------------------------------------
