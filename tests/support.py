@@ -83,6 +83,12 @@ def pipeline_rotary(config: TransformerConfig, latents: Tensor) -> tuple[Tensor,
     return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipe, height, width, frames, latents.device)
 
 
+def predict(model: Any, arguments: dict[str, Any]) -> Tensor:
+    """What a model makes of one call's arguments, without gradients."""
+    with torch.no_grad():
+        return model(**arguments, return_dict=False)[0]
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖, computed in float64."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()

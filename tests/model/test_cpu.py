@@ -149,12 +149,10 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @for_each(
-    "size, dtype, bias",
-    [
-        (size, *case)
-        for size in [1e-9, 0.01, 1.0, 300.0]
-        for case in [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.float16, True)]
-    ],
+    "size",
+    [1e-9, 0.01, 1.0, 300.0],
+    "dtype, bias",
+    [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.float16, True)],
 )
 def test_every_int8_value_counts(either_way: bool, dtype: torch.dtype, bias: bool, size: float) -> None:
     """Sums below 2²⁴ are exact in fp32: an int8 value that were one off anywhere would show."""

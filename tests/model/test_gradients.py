@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -71,26 +70,23 @@ def compare(both: Pair, arguments: dict[str, Any], *, of_tables: bool = False) -
     assert_equal(ours, theirs, rotated=arguments["image_rotary_emb"] is not None)
 
 
-@for_each("batch, name", itertools.product([1, 2], RELEASED))
-def test_gradients_of_all_parameters_and_inputs(name: str, batch: int) -> None:
-    compare(pair(name), call(pair(name).config, batch=batch))
+ODD: dict[str, Any] = {"text_len": 3, "frames": 2}
+SIZES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"batch": batch}) for name in RELEASED for batch in (1, 2)),
+    ("5b", {"height": 7, "width": 11} | ODD), ("1.5-5b", {"height": 6, "width": 10} | ODD),
+]  # fmt: skip
+PLAIN = {"attention_bias": False, "patch_bias": False, "norm_elementwise_affine": False}
+GATED = [{"activation_fn": name} for name in ("gelu", "geglu", "geglu-approximate", "swiglu", "linear-silu")]
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"), [("5b", {"height": 7, "width": 11}), ("1.5-5b", {"height": 6, "width": 10})]
-)
-def test_gradients_on_odd_sizes_with_short_text(name: str, sizes: dict[str, int]) -> None:
-    compare(pair(name), call(pair(name).config, text_len=3, frames=2, **sizes))
+@for_each("name, sizes", SIZES)
+def test_gradients_of_all_parameters_and_inputs(name: str, sizes: dict[str, Any]) -> None:
+    compare(pair(name), call(pair(name).config, **sizes))
 
 
-@for_each("activation", ["gelu", "geglu", "geglu-approximate", "swiglu", "linear-silu"])
-def test_gradients_of_every_feed_forward(activation: str) -> None:
-    both = pair("5b", activation_fn=activation)
-    compare(both, call(both.config, batch=1))
-
-
-def test_gradients_without_biases_and_norm_weights() -> None:
-    both = pair("2b", attention_bias=False, patch_bias=False, norm_elementwise_affine=False)
+@for_each("name, options", [*(("5b", options) for options in GATED), ("2b", PLAIN)])
+def test_gradients_of_every_feed_forward_and_without_biases_and_norm_weights(name: str, options: Any) -> None:
+    both = pair(name, **options)
     compare(both, call(both.config, batch=1))
 
 
@@ -130,7 +126,7 @@ def test_checkpointing_gives_the_same_gradients_and_runs_blocks_twice(name: str)
     assert len(runs) == 4 * both.config.num_layers
 
 
-@for_each("checkpointing, name", itertools.product([False, True], RELEASED))
+@for_each("checkpointing", [False, True], "name", RELEASED)
 def test_dropout_in_training_drops_what_upstream_drops_from_the_same_seed(name: str, checkpointing: bool) -> None:
     both = new_pair(small(name, dropout=0.3))
     arguments = call(both.config)

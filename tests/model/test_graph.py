@@ -5,7 +5,6 @@ Not compiled, the model writes over what it has just made, and over nothing else
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -112,7 +111,7 @@ def test_traced_forward_with_checkpointing_is_one_graph(name: str) -> None:
         assert relative_error(found[name], parameter.grad) <= TOLERANCE or name.endswith("norm_k.bias"), name
 
 
-@for_each("training, name", itertools.product([False, True], RELEASED))
+@for_each("training", [False, True], "name", RELEASED)
 def test_eager_call_reads_nothing_back_and_writes_over_nothing_that_it_was_given(name: str, training: bool) -> None:
     model = copy_of(pair(name).theirs, pair(name).config).train(training)
     arguments = call(model.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -31,7 +30,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@for_each("flip, freq_shift, dim", itertools.product([True, False], [0, 1, 5], [1, 2, 33, 64, 3072]))
+@for_each("flip", [True, False], "freq_shift", [0, 1, 5], "dim", [1, 2, 33, 64, 3072])
 def test_timestep_frequencies_are_upstreams(dim: int, freq_shift: int, flip: bool) -> None:
     from diffusers.models.embeddings import get_timestep_embedding
 
@@ -46,7 +45,7 @@ def test_timestep_frequencies_are_upstreams(dim: int, freq_shift: int, flip: boo
     assert relative_error(ours, theirs) <= TOLERANCE or dim == 1
 
 
-@for_each("p_t, p", itertools.product([None, 1, 2, 3], [1, 2, 3]))
+@for_each("p_t", [None, 1, 2, 3], "p", [1, 2, 3])
 def test_unpatchify_turns_back_what_patch_embed_takes_apart(p: int, p_t: int | None) -> None:
     """With the identity as projection: each patch holds the (C, p_t, p, p) values of its place."""
     channels, grid = 5, (2, 3, 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -40,7 +39,7 @@ def pair_for(name: str, size: dict[str, int]) -> Pair:
     return pair(name, **{f"sample_{side}": size[side] for side in ("height", "width") if side in size})
 
 
-@for_each("batch, name, size", [(batch, *case) for batch in [1, 2] for case in CASES])
+@for_each("batch", [1, 2], "name, size", CASES)
 def test_output_equals_upstream_with_and_without_given_tables(name: str, size: str, batch: int) -> None:
     both = pair_for(name, SIZES[size])
     arguments = inputs(both.config, batch=batch, **SIZES[size])
@@ -69,12 +68,12 @@ def test_the_comparison_would_notice_rotation_attention_and_text(name: str) -> N
             assert relative_error(theirs(**arguments | {"image_rotary_emb": None}).sample, expected) > 0.02
 
 
-@for_each("text_len, name", itertools.product([1, 5, 11], WITHOUT_ADDED))
+@for_each("text_len", [1, 5, 11], "name", WITHOUT_ADDED)
 def test_text_shorter_and_longer_than_the_maximum_where_no_position_is_added(name: str, text_len: int) -> None:
     assert pair(name).error(call(pair(name).config, text_len=text_len)) <= TOLERANCE
 
 
-@for_each("height, name", itertools.product([12, 8], ADDED_POSITIONS))
+@for_each("height", [12, 8], "name", ADDED_POSITIONS)
 def test_shorter_text_keeps_the_first_text_positions_where_positions_are_added(name: str, height: int) -> None:
     """Upstream cannot run it: its joint table is cut by hand, text rows from the end of the text's part."""
     text_len = 5
@@ -94,7 +93,7 @@ def test_learned_positions_give_way_to_sincos_ones_for_another_number_of_frames(
     assert not both.theirs.patch_embed.pos_embedding.eq(0).all()
 
 
-@for_each("name, dtype", itertools.product(RELEASED, [torch.float32, torch.bfloat16, torch.float64]))
+@for_each("name", RELEASED, "dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_any_given_tables_are_honoured(name: str, dtype: torch.dtype) -> None:
     """Also tables of no rotation, where the two channels of a pair differ, and in a model without rotary positions."""
     both = pair(name)
@@ -130,9 +129,14 @@ def test_frames_padded_as_the_pipelines_pad_them(name: str) -> None:
     assert both.error(arguments | {"hidden_states": padded}, image_rotary_emb=tables) <= TOLERANCE
 
 
-@for_each("timestep", [7, 7.5, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 901]), torch.tensor([0.25, 999.5]),
-     torch.tensor([7, 901], dtype=torch.int32), torch.tensor([7.0, 640.0], dtype=torch.bfloat16),
-     torch.tensor([7.25], dtype=torch.float64)])  # fmt: skip
+TIMESTEPS = [
+    7, 7.5, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 901]), torch.tensor([0.25, 999.5]),
+    torch.tensor([7, 901], dtype=torch.int32), torch.tensor([7.0, 640.0], dtype=torch.bfloat16),
+    torch.tensor([7.25], dtype=torch.float64),
+]  # fmt: skip
+
+
+@for_each("timestep", TIMESTEPS)
 def test_every_kind_of_timestep(timestep: Any) -> None:
     both = pair("5b")
     arguments = call(both.config)

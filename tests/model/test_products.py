@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -190,7 +189,7 @@ def test_gradients_and_other_activations_keep_it_from_being_taken() -> None:
 # -------------------------------------------------------------------------------------------------- quantized weights
 
 
-@for_each("gelu, scheme", itertools.product([False, True], DYNAMIC))
+@for_each("gelu", [False, True], "scheme", DYNAMIC)
 def test_dynamic_ones_are_torchaos_own(scheme: str, gelu: bool) -> None:
     linear, _ = _quantized(scheme)
     x = randn(2, 9, 128).bfloat16()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -23,6 +26,11 @@ def assert_same_weight(one: Tensor, other: Tensor) -> None:
     for name, part in first.parts.items():
         assert part.dtype == second.parts[name].dtype
         assert torch.equal(bits(part), bits(second.parts[name])), name
+
+
+def checksum(entries: Mapping[str, str]) -> str:
+    """Of a file's metadata, as the format has it."""
+    return hashlib.sha256(json.dumps(dict(sorted(entries.items()))).encode()).hexdigest()
 
 
 def without_onednn() -> AbstractContextManager[object]:

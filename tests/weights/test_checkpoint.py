@@ -1,4 +1,3 @@
-import itertools
 import json
 import shutil
 import sys
@@ -9,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cogx_fast
-from cogx_fast.config import HUB_IDS, ConfigError
+from cogx_fast.config import HUB_IDS
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
 from tests.cases import for_each
-from tests.support import RELEASED, inputs, pipeline_rotary, relative_error, small, upstream
+from tests.model.pairs import call
+from tests.support import RELEASED, predict, relative_error, small, upstream
 from tests.weights.support import INDEX, WEIGHTS, assert_same_bits, diffusers_view, save_upstream, small_state
 
 
@@ -36,7 +36,7 @@ def edit(directory, change):
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
-@for_each("shard, name", itertools.product(["10GB", "200KB"], RELEASED))
+@for_each("shard", ["10GB", "200KB"], "name", RELEASED)
 def test_directory_of_every_variant(name, shard, tmp_path):
     config = small(name)
     state = save_upstream(config, tmp_path, max_shard_size=shard)
@@ -46,12 +46,8 @@ def test_directory_of_every_variant(name, shard, tmp_path):
     assert not model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
 
-    arguments = inputs(config)
-    arguments["image_rotary_emb"] = pipeline_rotary(config, arguments["hidden_states"])
-    with torch.no_grad():
-        expected = upstream(config)(**arguments, return_dict=False)[0]
-        actual = model(**arguments, return_dict=False)[0]
-    assert relative_error(actual, expected) < 1e-5
+    arguments = call(config)
+    assert relative_error(predict(model, arguments), predict(upstream(config), arguments)) < 1e-5
 
 
 def test_learned_positions_keep_the_dtype_they_are_stored_in(tmp_path):
@@ -188,46 +184,43 @@ class TestDtype:
         assert_same_bits(diffusers_view(cogx_fast.load(copy, dtype="bf16")), expected)
 
 
+BLOCK = "transformer_blocks.0"
+TENSORS = {
+    "missing": (
+        lambda own: {name: tensor for name, tensor in own.items() if "blocks.0.attn1" not in name},
+        "12 are missing: transformer_blocks.0.attn1.norm_q.weight.*and 8 more",
+    ),
+    "too many": (lambda own: own | {f"{BLOCK}.extra": torch.zeros(1)}, f"1 do not belong to it: {BLOCK}.extra"),
+    "another shape": (
+        lambda own: own | {"proj_out.bias": torch.zeros(3)},
+        r"1 have another shape: proj_out.bias \(3,\) in place of \(64,\)",
+    ),
+    "an adapter": (lambda own: own | {f"{BLOCK}.attn1.to_q.lora_A.weight": torch.zeros(1)}, r"fuse_lora.*unload"),
+    "int8": (lambda own: own | {"proj_out.weight": torch.zeros(64, 128, dtype=torch.int8)}, "quantized"),
+    "another library's": (lambda own: own | {"proj_out.weight.absmax": torch.zeros(64, 128)}, "quantized"),
+}
+
+
 class TestRefused:
     def refused(self, directory, words, kind=CheckpointError, **options):
         with pytest.raises(kind, match=words) as caught:
             cogx_fast.load(directory, **options)
         return str(caught.value)
 
-    def test_missing_tensors_are_named_and_counted(self, copy):
-        edit(copy, lambda tensors: {k: v for k, v in tensors.items() if "blocks.0.attn1" not in k})
-        words = self.refused(copy, "12 are missing: transformer_blocks.0.attn1.norm_q.weight")
-        assert "and 8 more" in words
+    @for_each("change, words", TENSORS.values(), ids=TENSORS)
+    def test_tensors(self, change, words, checkpoint, tmp_path):
+        copy = shutil.copytree(checkpoint, tmp_path / "copy")
+        edit(copy, change)
+        self.refused(copy, words)
 
-    def test_extra_tensors(self, copy):
-        edit(copy, lambda tensors: {**tensors, "transformer_blocks.0.extra": torch.zeros(1)})
-        self.refused(copy, "1 do not belong to it: transformer_blocks.0.extra")
-
-    def test_shapes(self, copy):
-        edit(copy, lambda tensors: tensors.update({"proj_out.bias": torch.zeros(3)}))
-        self.refused(copy, r"1 have another shape: proj_out.bias \(3,\) in place of \(64,\)")
-
-    @for_each("layers", [1, 3, 10**9])
-    def test_layers(self, layers, checkpoint, tmp_path):
+    @for_each(
+        "key, value", [*(("num_layers", count) for count in (1, 3, 10**9)), ("_class_name", "FluxTransformer2DModel")]
+    )
+    def test_another_models_config(self, key, value, checkpoint, tmp_path):
         copy = shutil.copytree(checkpoint, tmp_path / "copy")
         config = json.loads((copy / "config.json").read_text())
-        (copy / "config.json").write_text(json.dumps(config | {"num_layers": layers}))
-        self.refused(copy, f"2 transformer blocks, but its config says num_layers={layers}|num_layers", ValueError)
-
-    def test_another_models_config(self, copy):
-        (copy / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-        self.refused(copy, "FluxTransformer2DModel", ConfigError)
-
-    def test_adapters(self, copy):
-        edit(copy, lambda tensors: {**tensors, "transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(1)})
-        self.refused(copy, r"fuse_lora.*unload")
-
-    @pytest.mark.parametrize(
-        ("name", "dtype"), [("proj_out.weight", torch.int8), ("proj_out.weight.absmax", torch.float32)]
-    )
-    def test_quantized(self, name, dtype, copy):
-        edit(copy, lambda tensors: {**tensors, name: torch.zeros(64, 128, dtype=dtype)})
-        self.refused(copy, "quantized")
+        (copy / "config.json").write_text(json.dumps(config | {key: value}))
+        self.refused(copy, f"2 transformer blocks, but its config says {key}={value}|{key} is .*{value}", ValueError)
 
     @for_each("name", ["diffusion_pytorch_model.bin", "model.pt", "model.ckpt"])
     def test_pickles_are_never_opened(self, name, checkpoint, tmp_path):

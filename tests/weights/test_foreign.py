@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -78,7 +77,7 @@ LIBRARIES = {
 }
 
 
-@for_each("prefix, library", itertools.product(["", "model.diffusion_model."], LIBRARIES))
+@for_each("prefix", ["", "model.diffusion_model."], "library", LIBRARIES)
 def test_weights_of_other_libraries_are_named(library: str, prefix: str, tmp_path: Path) -> None:
     state = small_state() | {f"{BLOCK}{n}": torch.ones(2).to(dtype) for n, dtype in LIBRARIES[library].items()}
     path = written(tmp_path, {f"{prefix}{name}": tensor for name, tensor in state.items()})

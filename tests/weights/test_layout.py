@@ -1,5 +1,3 @@
-import itertools
-
 import torch
 
 from cogx_fast.model.transformer import CogVideoXTransformer
@@ -15,7 +13,7 @@ OPTIONS = [
 ]
 
 
-@for_each("options, name", itertools.product(OPTIONS, RELEASED))
+@for_each("options", OPTIONS, "name", RELEASED)
 def test_slots_are_the_tensors_of_both_models(name, options):
     config = small(name, **options)
     layout = slots(config)

@@ -9,29 +9,24 @@ from torch import nn
 import cogx_fast
 from cogx_fast.weights.errors import CheckpointError
 from tests.cases import for_each
-from tests.support import RELEASED, inputs, pipeline_rotary, small, upstream
+from tests.model.pairs import call
+from tests.support import RELEASED, predict, small, upstream
 from tests.weights.support import assert_same_bits, diffusers_view
-
-
-def call(model, config):
-    arguments = inputs(config)
-    arguments["image_rotary_emb"] = pipeline_rotary(config, arguments["hidden_states"])
-    with torch.no_grad():
-        return model(**arguments, return_dict=False)[0]
 
 
 @for_each("name", RELEASED)
 def test_weights_are_shared_and_the_source_keeps_working(name):
     config = small(name)
     source = upstream(config)
-    state, output = copy.deepcopy(source.state_dict()), call(source, config)
+    arguments = call(config)
+    state, output = copy.deepcopy(source.state_dict()), predict(source, arguments)
     pointers = {key: tensor.data_ptr() for key, tensor in source.state_dict().items()}
 
     model = cogx_fast.load(source)
     ours = diffusers_view(model)
     assert_same_bits(ours, state)
     assert_same_bits(source.state_dict(), state)
-    assert torch.equal(call(source, config), output)
+    assert torch.equal(predict(source, arguments), output)
     for key, tensor in source.state_dict().items():
         assert ours[key].data_ptr() == tensor.data_ptr(), key
         if not any(part in key for part in ("to_q.", "to_k.", "to_v.", "norm1.linear", "norm2.linear")):
@@ -87,11 +82,6 @@ def test_one_of_ours_is_shared_as_well():
     assert all(ours[name].data_ptr() == tensor.data_ptr() for name, tensor in model.named_parameters())
     assert_same_bits(other.state_dict(), model.state_dict())
     assert cogx_fast.load(model, dtype="bf16").dtype == torch.bfloat16
-
-
-def test_inside_torch_compiles_wrapper():
-    source = upstream(small("5b"))
-    assert_same_bits(diffusers_view(cogx_fast.load(torch.compile(source))), source.state_dict())
 
 
 def test_after_unfusing():

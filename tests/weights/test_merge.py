@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import pickle
 import shutil
 from pathlib import Path
@@ -73,10 +72,10 @@ def assert_same(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) ->
 
 @pytest.mark.filterwarnings("ignore:.*says no alpha", "ignore:recipe")
 @for_each(
-    "recipe, source",
-    itertools.product(
-        [None, "int8-weight-only", "int8-dynamic", "fp8-weight-only"], ["files", "live", "live of files"]
-    ),
+    "recipe",
+    [None, "int8-weight-only", "int8-dynamic", "fp8-weight-only"],
+    "source",
+    ["files", "live", "live of files"],
 )
 def test_switching_gives_the_bits_that_loading_gives(source: str, recipe: str | None, folder: Path) -> None:
     def load(loras: Any = ()) -> Any:

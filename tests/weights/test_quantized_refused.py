@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 import cogx_fast
 from quant import storage
+from tests.quant.support import checksum
 from tests.weights.quantized import quantized, refused
 from tests.weights.support import WEIGHTS, assert_same_model, from_upstream
 
@@ -44,7 +45,7 @@ def rewrite(directory: Path, change: Any) -> None:
         metadata = {key: text for key, text in file.metadata().items() if key not in ("format", "quant.sha256")}
     tensors = load_file(directory / WEIGHTS)
     change(tensors, metadata)
-    save_file(tensors, directory / WEIGHTS, metadata | {"quant.sha256": storage._checksum(metadata), "format": "pt"})
+    save_file(tensors, directory / WEIGHTS, metadata | {"quant.sha256": checksum(metadata), "format": "pt"})
 
 
 @pytest.fixture

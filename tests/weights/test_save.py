@@ -1,4 +1,3 @@
-import itertools
 import json
 import os
 import shutil
@@ -15,10 +14,11 @@ from torch import nn
 
 import cogx_fast
 import quant
-from cogx_fast.weights import save, writing
+from cogx_fast.weights import save
 from cogx_fast.weights.errors import CheckpointError
 from tests.cases import for_each
-from tests.support import RELEASED, inputs, pipeline_rotary, relative_error, small, upstream
+from tests.model.pairs import call
+from tests.support import RELEASED, predict, relative_error, small, upstream
 from tests.weights.support import (
     INDEX,
     WEIGHTS,
@@ -32,7 +32,7 @@ from tests.weights.support import (
 CONFIG = small("5b", num_attention_heads=1, num_layers=1)
 
 
-@for_each("shard, quantization", itertools.product(["10GB", "200KB"], [None, "int8-weight-only"]))
+@for_each("shard", ["10GB", "200KB"], "quantization", [None, "int8-weight-only"])
 def test_pickled_files_are_diffusers_and_take_the_place_of_others(shard, quantization, tmp_path):
     source = upstream(small("5b"))
     model = cogx_fast.load(source)
@@ -66,7 +66,7 @@ def files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-@for_each("shard, name", itertools.product(["10GB", "200KB", 1], RELEASED))
+@for_each("shard", ["10GB", "200KB", 1], "name", RELEASED)
 def test_round_trip_is_bit_exact_and_upstream_reads_it(name, shard, tmp_path):
     config = small(name)
     state = save_upstream(config, tmp_path / "theirs")
@@ -78,14 +78,10 @@ def test_round_trip_is_bit_exact_and_upstream_reads_it(name, shard, tmp_path):
     assert_same_bits(theirs.state_dict(), state)
     assert {key: theirs.config[key] for key in config} == dict(config)
 
-    arguments = inputs(config)
-    arguments["image_rotary_emb"] = pipeline_rotary(config, arguments["hidden_states"])
-    with torch.no_grad():
-        assert torch.equal(
-            theirs(**arguments, return_dict=False)[0], upstream(config)(**arguments, return_dict=False)[0]
-        )
-        ours = cogx_fast.load(tmp_path / "ours")(**arguments, return_dict=False)[0]
-        assert relative_error(ours, theirs(**arguments, return_dict=False)[0]) < 1e-5
+    arguments = call(config)
+    expected = predict(theirs, arguments)
+    assert torch.equal(expected, predict(upstream(config), arguments))
+    assert relative_error(predict(cogx_fast.load(tmp_path / "ours"), arguments), expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -202,86 +198,55 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "_sync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         cogx_fast.load(upstream(CONFIG, seed=1)).save_pretrained(tmp_path)
     assert files(tmp_path) == before
     assert_same_bits(diffusers_view(cogx_fast.load(tmp_path)), state)
 
 
-STAGES = {"one file": {}, "shards": {"max_shard_size": "150KB"}, "other shards": {"max_shard_size": "250KB"}}
 STEPS = [
     (os, "fsync"), (os, "replace"), (os, "link"), (os, "unlink"),
     (save, "write_tensors"), (save, "write_json"), (save, "write_text"),
 ]  # fmt: skip
-QUANTIZED = {  # what the old model and the new one are, stored how
-    "quantized": (True, False, {}, {}),
-    "to quantized": (False, True, {}, {}),
-    "to quantized shards": (False, True, {"max_shard_size": "150KB"}, {"max_shard_size": "80KB"}),
-    "from quantized shards": (True, False, {"max_shard_size": "80KB"}, {"max_shard_size": "150KB"}),
-    "quantized shards to others": (True, True, {"max_shard_size": "80KB"}, {"max_shard_size": "60KB"}),
+STORED = {"one file": {}, "shards": {"max_shard_size": "150KB"}, "other shards": {"max_shard_size": "250KB"}}
+SMALL, SMALLER = {"max_shard_size": "80KB"}, {"max_shard_size": "60KB"}
+KILLED = {  # whether the old model and the new one are quantized, how they are stored, whether the disk has links
+    **{f"{a} to {b}": (False, False, STORED[a], STORED[b], True) for a in STORED for b in STORED},
+    "without links": (False, False, STORED["shards"], STORED["shards"], False),
+    "from quantized": (True, False, {}, {}, True),
+    "to quantized": (False, True, {}, {}, True),
+    "to quantized shards": (False, True, STORED["shards"], SMALL, True),
+    "from quantized shards": (True, False, SMALL, STORED["shards"], True),
+    "quantized shards to others": (True, True, SMALL, SMALLER, True),
 }
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child process that can be killed is needed")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@for_each(
-    "before, after, links",
-    [*((before, after, True) for before in STAGES for after in STAGES), ("shards", "shards", False)],
-)
-def test_killed_at_every_step(before, after, links, tmp_path):
+@pytest.mark.timeout(900)
+@for_each("was_quantized, is_quantized, before, after, links", KILLED.values(), ids=KILLED)
+def test_killed_at_every_step(was_quantized, is_quantized, before, after, links, tmp_path):
     """Whatever step of a save is its last, what is there is the old checkpoint or the new one, whole, for everyone."""
-    old, new = (cogx_fast.load(upstream(CONFIG, seed=seed)) for seed in (1, 2))
-    expected = [{name: t.clone() for name, t in diffusers_view(model).items()} for model in (old, new)]
-    old.save_pretrained(tmp_path / "old", **STAGES[before])
-    seen = []
-    for step in range(200):
-        directory = shutil.copytree(tmp_path / "old", tmp_path / f"killed {step}")
-        finished = save_and_be_killed(new, directory, step, links, STAGES[after])
-        for read in (cogx_fast.load, from_upstream) if step % 4 == 0 else (cogx_fast.load,):
-            state = read(directory)
-            state = state.state_dict() if read is from_upstream else diffusers_view(state)
-            found = state["proj_out.weight"]
-            which = [torch.equal(found, one["proj_out.weight"]) for one in expected].index(True)
-            assert_same_bits(state, expected[which])
-        seen.append(which)
-
-        old.save_pretrained(directory, **STAGES[after])  # the next save cleans up
-        assert not [name for name in files(directory) if name.startswith(".")]
-        assert_same_bits(diffusers_view(cogx_fast.load(directory)), expected[0])
-        shutil.rmtree(directory)
-        if finished:
-            break
-    assert finished
-    assert step > 5
-    assert seen == sorted(seen)
-    assert seen[-1] == 1
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a child process that can be killed is needed")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@for_each("case", QUANTIZED)
-def test_killed_at_every_step_between_quantized_and_not(case, tmp_path):
-    """As above: for us and for diffusers it is the old checkpoint or the new one."""
-    *which, before, after = QUANTIZED[case]
     models = [cogx_fast.load(upstream(CONFIG, seed=seed), dtype="bf16") for seed in (1, 2)]
-    for model, quantizes in zip(models, which, strict=True):
+    for model, quantizes in zip(models, (was_quantized, is_quantized), strict=True):
         if quantizes:
             quant.quantize(model, "int8-weight-only")
     models[0].save_pretrained(tmp_path / "old", **before)
     seen = []
     for step in range(200):
         directory = shutil.copytree(tmp_path / "old", tmp_path / "killed")
-        finished = save_and_be_killed(models[1], directory, step, True, after)
+        finished = save_and_be_killed(models[1], directory, step, links, after)
         loaded = cogx_fast.load(directory)
         seen.append([torch.equal(loaded.proj_out.weight, one.proj_out.weight) for one in models].index(True))
         assert_same_model(loaded, models[seen[-1]])
-        if step % 2 == 0:
+        if step % 3 == 0:
             theirs = from_upstream(directory, torch_dtype=torch.bfloat16)
             assert_same_model(cogx_fast.load(theirs), models[seen[-1]])
-        models[0].save_pretrained(directory, **after)
+        models[0].save_pretrained(directory, **after)  # the next save cleans up
         assert not [name for name in files(directory) if name.startswith(".")]
-        assert ("recipe.toml" in files(directory)) == which[0]
+        assert ("recipe.toml" in files(directory)) == was_quantized
+        assert_same_model(cogx_fast.load(directory), models[0])
         shutil.rmtree(directory)
         if finished:
             break

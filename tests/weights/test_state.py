@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ def assert_equal(model: Any, theirs: Any) -> None:
         assert torch.equal(ours[key], tensor), key
 
 
-@for_each("name, options", itertools.product(RELEASED, [{}, {"strict": False}, {"assign": True}]))
+@for_each("name", RELEASED, "options", [{}, {"strict": False}, {"assign": True}])
 def test_diffusers_names_load_wholly(name: str, options: dict[str, Any]) -> None:
     theirs, model = pair(name)
     keys = model.load_state_dict(theirs.state_dict(), **options)
