@@ -16,6 +16,7 @@ from cogx_fast.runtime.module import CogVideoXModel
 from quant.apply import linears, remember
 from quant.recipe import parse_recipe
 from quant.schemes import SCHEMES, torchao_config
+from tests.cases import for_each
 from tests.quant.support import assert_same_weight
 from tests.support import RELEASED, inputs, relative_error, small, upstream
 
@@ -37,8 +38,7 @@ def model(name: str = "5b", dtype: torch.dtype = torch.bfloat16, **changes) -> C
     return CogVideoXModel(small(name, **changes)).to(dtype).eval()
 
 
-@pytest.mark.parametrize("config", RELEASED)
-@pytest.mark.parametrize("name", ["int8-weight-only", "int8-dynamic", "fp8-weight-only", "fp8-dynamic-emulated"])
+@for_each("config", RELEASED, "name", ["int8-weight-only", "int8-dynamic", "fp8-weight-only", "fp8-dynamic-emulated"])
 def test_the_report_accounts_for_every_linear_of_every_model(name, config):
     ours = model(config)
     expected = [fqn for fqn, module in ours.named_modules() if isinstance(module, nn.Linear)]
@@ -83,7 +83,7 @@ def test_the_report_of_diffusers_own_model():
     assert 0 < relative_error(after, before) < 0.03
 
 
-@pytest.mark.parametrize("name", RUNS_ANYWHERE)
+@for_each("name", RUNS_ANYWHERE)
 def test_weights_are_those_of_torchaos_own_fqn_to_config(name):
     from torchao.quantization import quantize_
 
@@ -111,19 +111,16 @@ def test_sqnr_by_hand():
 # -- before any weight is touched --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('match = "transformer_blocks.*.ff.net.1"\nscheme = "int8-dynamic"', r"line 4: 'trans.*' matches none"),
-        ('match = ["proj_out", "proj_in"]\nskip = "x"', r"line 4: 'proj_in' matches none"),
-        (
-            'match = "proj_*"\nskip = "x"\n[[rule]]\nmatch = "proj_out"\nscheme = "int8-dynamic"',
-            r"line 7: it matches proj_out, and so does the rule of line 4",
-        ),
-        ('match = "proj_out"\nscheme = "fp8-dynamic"', r"line 4: fp8-dynamic .* for proj_out: it needs CUDA ≥ 8.9"),
-        ('match = "proj_out"\nscheme = "int4-weight-only"', r"line 4: int4.* CUDA ≥ 8.0, and the model is on cpu"),
-    ],
-)  # fmt: skip
+@for_each("text, message", [
+    ('match = "transformer_blocks.*.ff.net.1"\nscheme = "int8-dynamic"', r"line 4: 'trans.*' matches none"),
+    ('match = ["proj_out", "proj_in"]\nskip = "x"', r"line 4: 'proj_in' matches none"),
+    (
+        'match = "proj_*"\nskip = "x"\n[[rule]]\nmatch = "proj_out"\nscheme = "int8-dynamic"',
+        r"line 7: it matches proj_out, and so does the rule of line 4",
+    ),
+    ('match = "proj_out"\nscheme = "fp8-dynamic"', r"line 4: fp8-dynamic .* for proj_out: it needs CUDA ≥ 8.9"),
+    ('match = "proj_out"\nscheme = "int4-weight-only"', r"line 4: int4.* CUDA ≥ 8.0, and the model is on cpu"),
+])  # fmt: skip
 def test_a_recipe_that_does_not_fit_touches_nothing(text, message):
     ours = model()
     before = {name: (id(tensor), tensor._version) for name, tensor in ours.named_parameters()}
@@ -139,8 +136,8 @@ def test_optional_rules_may_match_nothing():
     assert quant.plan([("linear", (32, 32))], recipe(rules)).choices["linear"].scheme == "int8-dynamic"
 
 
-@pytest.mark.parametrize(
-    ("scheme", "shape", "dtype", "message"),
+@for_each(
+    "scheme, shape, dtype, message",
     [
         ("int8-dynamic", (32, 36), torch.bfloat16, "multiples of 8, and this one is 32 × 36"),
         ("fp8-dynamic-emulated", (40, 32), torch.bfloat16, "multiples of 16, and this one is 40 × 32"),
@@ -157,13 +154,10 @@ def test_weights_that_a_scheme_cannot_take(scheme, shape, dtype, message):
         assert report.scheme == "int8-weight-only"
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [
-        ("fp8-dynamic", "int8-dynamic"), ("fp8-dynamic-tensor", "int8-dynamic"),
-        ("int4-weight-only", "int8-weight-only"), ("int8-dynamic", "int8-dynamic"),
-    ],
-)  # fmt: skip
+@for_each("name, nearest", [
+    ("fp8-dynamic", "int8-dynamic"), ("fp8-dynamic-tensor", "int8-dynamic"),
+    ("int4-weight-only", "int8-weight-only"), ("int8-dynamic", "int8-dynamic"),
+])  # fmt: skip
 def test_nearest_warns_once_for_all(name, nearest):
     ours = model()
     with warnings.catch_warnings(record=True) as caught:
@@ -232,8 +226,7 @@ def test_a_plan_is_carried_out_part_by_part():
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [80, 17, 1])
-@pytest.mark.parametrize("name", RUNS_ANYWHERE)
+@for_each("tokens", [80, 17, 1], "name", RUNS_ANYWHERE)
 def test_odd_token_counts_and_rows_of_zeros_give_no_nan(name, tokens):
     largest = torch.full((16, 64), 127, dtype=torch.int8)
     if name == "int8-dynamic" and not (torch._int_mm(largest, largest.t()) == 64 * 127**2).all():
@@ -258,7 +251,7 @@ def test_odd_token_counts_and_rows_of_zeros_give_no_nan(name, tokens):
     assert report.sqnr_db > 25
 
 
-@pytest.mark.parametrize("scheme", RUNS_ANYWHERE)
+@for_each("scheme", RUNS_ANYWHERE)
 def test_weights_that_are_all_zero(scheme):
     linear = nn.Sequential(nn.Linear(32, 16)).bfloat16()
     nn.init.zeros_(linear[0].weight)
@@ -279,7 +272,7 @@ def test_no_global_compiler_flag_is_set():
         assert getattr(config, "config", config).set_inductor_config is False
 
 
-@pytest.mark.parametrize("name", RUNS_ANYWHERE)
+@for_each("name", RUNS_ANYWHERE)
 def test_the_first_weights_are_freed(name):
     """No autograd graph, and nothing else, holds the weights in full precision."""
     import weakref
@@ -300,7 +293,7 @@ def test_recipes_are_values():
         real.name = "other"
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(1024, 3072), (1600, 1920), (16, 1 << 17)])
+@for_each("outputs, inputs", [(1024, 3072), (1600, 1920), (16, 1 << 17)])
 def test_a_weight_is_parted_into_sizes_that_torchao_takes(monkeypatch, outputs, inputs):
     """fp8-dynamic leaves a weight of other sizes as it was. As on a machine with its hardware, which is not used."""
     from torchao.quantization import quant_api, quantize_

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import quant
 from quant.emulation import EmulatedFloat8Tensor
 from quant.recipe import parse_recipe
+from tests.cases import for_each
 from tests.support import relative_error
 
 LARGEST = 448.0  # of e4m3
@@ -37,8 +38,7 @@ def round_to_fp8(values: Tensor, *, per_row: bool) -> Tensor:
     return (values.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() * scale
 
 
-@pytest.mark.parametrize("tokens", [80, 17, 1])
-@pytest.mark.parametrize("scheme", ["fp8-dynamic", "fp8-dynamic-tensor"])
+@for_each("tokens", [80, 17, 1], "scheme", ["fp8-dynamic", "fp8-dynamic-tensor"])
 def test_it_is_the_formula_bit_for_bit(scheme, tokens):
     linear, x, per_row = make(), activations(tokens), scheme == "fp8-dynamic"
     weight, bias = linear[0].weight.clone(), linear[0].bias

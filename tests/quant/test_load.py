@@ -13,8 +13,9 @@ import cogx_fast
 import quant
 from cogx_fast.runtime.compile import watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
+from tests.cases import for_each
 from tests.pipes import make_pipe
-from tests.support import AROUND, inputs, relative_error, small, upstream
+from tests.support import AROUND, inputs, predict, relative_error, small, upstream
 
 COMPILED = ["int8-weight-only", "int8-dynamic", "fp8-weight-only", "fp8-dynamic-emulated"]
 
@@ -26,18 +27,13 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-def run(model, arguments) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**arguments, return_dict=False)[0]
-
-
 def load(source, recipe, **options) -> CogVideoXModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "recipe .* quantizes activations")
         return cogx_fast.load(source, quant=recipe, **options)
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@for_each("name", COMPILED)
 def test_loading_quantized_is_quantizing_what_is_loaded(name, checkpoint):
     later = cogx_fast.load(checkpoint)
     quant.quantize(later, name)
@@ -50,22 +46,22 @@ def test_loading_quantized_is_quantizing_what_is_loaded(name, checkpoint):
     assert model.dtype == torch.bfloat16
     assert model.device == torch.device("cpu")
     arguments = inputs(model.config, dtype=torch.bfloat16)
-    assert torch.equal(run(model, arguments), run(later, arguments))
+    assert torch.equal(predict(model, arguments), predict(later, arguments))
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@for_each("name", COMPILED)
 def test_compiled_it_is_one_graph_and_says_what_eager_says(name, checkpoint):
     arguments = inputs(small("1.5-5b-i2v"), dtype=torch.bfloat16)
-    exact = run(cogx_fast.load(checkpoint, dtype="fp32"), inputs(small("1.5-5b-i2v")))
-    eager_error = relative_error(run(load(checkpoint, name), arguments), exact)
+    exact = predict(cogx_fast.load(checkpoint, dtype="fp32"), inputs(small("1.5-5b-i2v")))
+    eager_error = relative_error(predict(load(checkpoint, name), arguments), exact)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = cogx_fast.load(checkpoint, quant=name, compile=True)
     assert [w for w in caught if "quantizes activations" in str(w.message)] == []
     with watch_compilation() as stats:
-        compiled_error = relative_error(run(model, arguments), exact)
-        run(model, arguments | {"timestep": torch.tensor([3, 700])})
-        run(model.to("cpu").to(torch.bfloat16), arguments)  # as pipelines do
+        compiled_error = relative_error(predict(model, arguments), exact)
+        predict(model, arguments | {"timestep": torch.tensor([3, 700])})
+        predict(model.to("cpu").to(torch.bfloat16), arguments)  # as pipelines do
     assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
     assert compiled_error <= 1.05 * eager_error
     assert 0.001 < eager_error < 0.1
@@ -87,14 +83,14 @@ def test_a_live_model_keeps_its_weights():
     theirs = upstream(small("5b")).to(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     arguments = inputs(small("5b"), dtype=torch.bfloat16)
-    expected = run(theirs, arguments)
+    expected = predict(theirs, arguments)
     ours = load(theirs, "int8-weight-only")
     assert type(ours.transformer_blocks[0].ff.net[2].weight).__name__ == "Int8Tensor"
     after = theirs.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert torch.equal(run(theirs, arguments), expected)
+    assert torch.equal(predict(theirs, arguments), expected)
     assert ours.proj_out.weight.data_ptr() == theirs.proj_out.weight.data_ptr()  # what is not quantized is shared
-    assert 0 < relative_error(run(ours, arguments), expected) < 0.05
+    assert 0 < relative_error(predict(ours, arguments), expected) < 0.05
 
 
 @pytest.mark.parametrize(("recipe", "message"), [("int9", "recipe is 'int9'"), ("fp8-dynamic", "needs CUDA ≥ 8.9")])
@@ -120,7 +116,7 @@ def test_weights_are_checked_before_they_are_quantized(tmp_path):
         cogx_fast.load(tmp_path, quant="int8-weight-only", check_finite=True)
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@for_each("name", COMPILED)
 def test_a_pipeline_may_move_it(name):
     pipe = make_pipe("CogVideoXPipeline", "5b")
     pipe.register_modules(vae=None, text_encoder=None)  # every test's: they are to stay as they are
@@ -130,24 +126,24 @@ def test_a_pipeline_may_move_it(name):
         cogx_fast.accelerate(pipe, quant=name)
     model = pipe.transformer
     arguments = inputs(model.config, dtype=torch.bfloat16)
-    expected = run(model, arguments)
+    expected = predict(model, arguments)
     pipe.to("cpu")
     pipe.to(torch.bfloat16)
-    assert torch.equal(run(pipe.transformer, arguments), expected)
-    assert torch.equal(run(copy.deepcopy(model), arguments), expected)
+    assert torch.equal(predict(pipe.transformer, arguments), expected)
+    assert torch.equal(predict(copy.deepcopy(model), arguments), expected)
     assert isinstance(model.transformer_blocks[0].ff.net[2].weight, nn.Parameter)
 
 
-@pytest.mark.parametrize("name", ["int8-weight-only", "int8-dynamic", "fp8-weight-only"])
+@for_each("name", ["int8-weight-only", "int8-dynamic", "fp8-weight-only"])
 def test_a_change_of_dtype_reaches_quantized_weights(name):
     torch.manual_seed(0)
     model = CogVideoXModel(small("5b")).eval()
     quant.quantize(model, name)
     arguments = inputs(model.config)
-    expected = run(model, arguments)
+    expected = predict(model, arguments)
     half = {key: value.bfloat16() if value.is_floating_point() else value for key, value in arguments.items()}
-    out = run(model.to(torch.bfloat16), half)
+    out = predict(model.to(torch.bfloat16), half)
     assert out.dtype == model.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert relative_error(out, expected) < 0.02
-    assert relative_error(run(model.float(), arguments), expected) < 0.02
+    assert relative_error(predict(model.float(), arguments), expected) < 0.02

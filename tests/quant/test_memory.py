@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import cogx_fast
+from tests.cases import for_each
 from tests.support import small, upstream
 
 SCRIPT = """
@@ -64,7 +65,7 @@ def measured(tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize("name", RECIPES)
+@for_each("name", RECIPES)
 def test_peak_is_the_quantized_weights_and_about_a_block(name, measured):
     found = measured[name]
     print({key: round(value / 1e6) for key, value in found.items()})

@@ -14,6 +14,7 @@ from cogx_fast.model.transformer import CogVideoXTransformer
 from quant.recipe import SHIPPED, parse_recipe
 from quant.requirements import Requirement
 from quant.schemes import SCHEMES
+from tests.cases import for_each
 from tests.support import small
 
 GOOD = '''name = "mine"          # line 1
@@ -65,8 +66,8 @@ def test_written_and_read_again_it_is_equal(tmp_path):
         assert [rule.line for rule in again.rules] == sorted(rule.line for rule in again.rules)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
+@for_each(
+    "old, new, message",
     [
         ("optional = true", "optional = true\nskp = 1", r"mine\.toml, line 25: 'skp' is not known"),
         ("optional = true", "optional = 1", r"mine\.toml, line 21: optional is 1"),
@@ -95,7 +96,7 @@ def test_what_is_wrong_is_said_with_its_line(old, new, message):
         parse_recipe(GOOD.replace(old, new), origin="mine.toml")
 
 
-@pytest.mark.parametrize("text", ["rule = 3", 'rule = [{match = "a", skip = "b"}]', "[rule]\nmatch = 'a'"])
+@for_each("text", ["rule = 3", 'rule = [{match = "a", skip = "b"}]', "[rule]\nmatch = 'a'"])
 def test_rules_in_another_form_are_refused(text):
     with pytest.raises(quant.QuantError, match=r"written as \[\[rule\]\] tables"):
         parse_recipe(f'name = "n"\ndescription = "d"\n{text}')

@@ -16,6 +16,7 @@ from quant.recipe import parse_recipe
 from quant.schemes import SCHEMES
 from quant.search import Move, Tried, order_moves, to_recipe
 from quant.sensitivity import Errors, measure, prediction_error, quantized, references, sqnr_db
+from tests.cases import for_each
 
 RECIPE = parse_recipe(
     'name = "base"\ndescription = "d"\n[[rule]]\nmatch = "blocks.*.*"\nscheme = "int8-dynamic"\n'
@@ -147,7 +148,7 @@ def test_steps_are_in_order_of_worth_and_each_starts_from_the_one_before() -> No
     assert Move(linear="x", scheme="y", saves=1, adds=-1).worth == math.inf
 
 
-@pytest.mark.parametrize("budget", [0.0, 1e-4, 5e-4, 2e-3, 3e-3, 4e-3, 9e-3, 1e-2, 0.02, 1.0])
+@for_each("budget", [0.0, 1e-4, 5e-4, 2e-3, 3e-3, 4e-3, 9e-3, 1e-2, 0.02, 1.0])
 def test_the_budget_is_kept_and_the_best_mix_nearly_found(budget: float) -> None:
     found = search.search(order_moves(ERRORS, cost), cost, error_of, budget=budget)
     assert error_of(found.best.mix) <= budget

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from quant import storage
 from quant.errors import QuantError
-from tests.quant.support import assert_same_weight, bits, without_onednn
+from tests.cases import for_each
+from tests.quant.support import assert_same_weight, bits, checksum, without_onednn
 
 ROWS, COLUMNS = 96, 64
 
@@ -65,7 +66,7 @@ def restore(description: str, parts: dict[str, Tensor], **options: Any) -> Tenso
     return storage.restore("a.weight", parts, written(description, **options), description)
 
 
-@pytest.mark.parametrize("scheme", ALL)
+@for_each("scheme", ALL)
 def test_the_layout_is_torchaos_own(scheme):
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
@@ -80,7 +81,7 @@ def test_the_layout_is_torchaos_own(scheme):
     assert {key: text for key, text in packed.items() if not key.startswith("quant.")} == metadata
 
 
-@pytest.mark.parametrize("scheme", ALL)
+@for_each("scheme", ALL)
 def test_round_trip_is_bit_exact_and_copies_nothing(scheme):
     weight = make(scheme)
     flat = storage.flatten(weight)
@@ -93,7 +94,7 @@ def test_round_trip_is_bit_exact_and_copies_nothing(scheme):
         assert torch.equal(nn.functional.linear(x, restored), nn.functional.linear(x, weight))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@for_each("scheme", SCHEMES)
 def test_parted_by_rows_and_joined(scheme):
     weight = make(scheme)
     whole = storage.flatten(weight)
@@ -175,7 +176,7 @@ OTHER_VERSIONS = {
 }
 
 
-@pytest.mark.parametrize("case", OTHER_VERSIONS)
+@for_each("case", OTHER_VERSIONS)
 def test_another_torchaos_files_are_refused_with_both_versions(case):
     scheme, changes = OTHER_VERSIONS[case]
     flat = storage.flatten(make(scheme))
@@ -205,7 +206,7 @@ def test_an_older_file_without_a_field_that_was_added_since_is_read():
 
 def test_a_newer_format_is_refused():
     packed = storage.pack(["a.weight"], {}, None) | {"quant.format": "2", "quant.torchao": "9.1.0"}
-    packed["quant.sha256"] = storage._checksum({k: v for k, v in packed.items() if k != "quant.sha256"})
+    packed["quant.sha256"] = checksum({k: v for k, v in packed.items() if k != "quant.sha256"})
     with pytest.raises(QuantError, match=rf"format 2 by torchao 9\.1\.0.*torchao {storage.torchao_version()}"):
         storage.unpack(packed)
 
@@ -234,7 +235,7 @@ def test_plain_files_have_nothing_to_unpack():
     assert storage.unpack({}) is None
 
 
-@pytest.mark.parametrize("text", ["3", "null", "[]", '{"_type": "Int8Tensor"}', "{", '["a"]', '"a"', "[" * 100_000])
+@for_each("text", ["3", "null", "[]", '{"_type": "Int8Tensor"}', "{", '["a"]', '"a"', "[" * 100_000])
 def test_descriptions_without_sense_are_refused(text):
     for metadata in ({"tensor_names": '["a.weight"]', "a.weight": text}, {"tensor_names": text.replace("[]", "[[]]")}):
         with pytest.raises(QuantError, match="cannot be read"):

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import cogx_fast
+from cogx_fast.attention.backends import BACKENDS, UPSTREAM_NAMES
 from cogx_fast.runtime.attached import AttachedError
+from tests.cases import for_each
 from tests.runtime.attached import CONFIG, build, run
 from tests.support import relative_error, upstream
 
@@ -81,7 +83,7 @@ CACHES: dict[str, Callable[[Any], None]] = {
 }
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@for_each("cache", CACHES)
 def test_diffusers_hooks_into_its_blocks_are_refused_as_they_are_applied(cache: str) -> None:
     model = build()
     expected = run(model)
@@ -137,8 +139,7 @@ SETTERS: dict[str, Callable[[Any, Any], None]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [Other, OtherModule])
-@pytest.mark.parametrize("setter", SETTERS)
+@for_each("kind", [Other, OtherModule], "setter", SETTERS)
 def test_other_processors_are_refused_however_they_are_set(setter: str, kind: type) -> None:
     model = build()
     run(model)
@@ -151,7 +152,7 @@ def test_other_processors_are_refused_however_they_are_set(setter: str, kind: ty
         set_and_run()
 
 
-@pytest.mark.parametrize("setter", SETTERS)
+@for_each("setter", SETTERS)
 def test_diffusers_own_processor_is_taken_however_it_is_set(setter: str) -> None:
     from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
@@ -176,6 +177,8 @@ def test_dicts_of_processors_must_name_every_layer() -> None:
 
     model, own = build(), CogVideoXAttnProcessor2_0()
     names = list(model.attn_processors)
+    with pytest.raises(ValueError, match="one attention backend for all layers"):
+        model.set_attn_processor(dict(zip(names, (BACKENDS["sdpa"], BACKENDS["flex"]), strict=True)))
     for wrong in ({names[0]: own}, {}, dict.fromkeys([*names, "other.processor"], own)):
         with pytest.raises(ValueError, match=rf"dict of {len(wrong)} processors .*there are 2 attention layers"):
             model.set_attn_processor(wrong)
@@ -183,16 +186,10 @@ def test_dicts_of_processors_must_name_every_layer() -> None:
         model.set_attn_processor({names[0]: own, "other.processor": own})
 
 
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        ("native", "sdpa"),
-        ("_native_math", "sdpa-math"),
-        ("flex", "flex"),
-        ("NATIVE", "sdpa"),
-        ("sdpa-math", "sdpa-math"),
-    ],
-)
+NAMES = {"native": "sdpa", "_native_math": "sdpa-math", "flex": "flex", "NATIVE": "sdpa", "sdpa-math": "sdpa-math"}
+
+
+@for_each("theirs, ours", NAMES.items())
 def test_diffusers_names_of_backends_are_taken(theirs: str, ours: str) -> None:
     model = build()
     model.set_attention_backend("flex")
@@ -202,8 +199,6 @@ def test_diffusers_names_of_backends_are_taken(theirs: str, ours: str) -> None:
 
 def test_every_name_of_diffusers_is_taken_or_explained() -> None:
     from diffusers.models.attention_dispatch import AttentionBackendName
-
-    from cogx_fast.attention.backends import BACKENDS, UPSTREAM_NAMES
 
     assert UPSTREAM_NAMES.keys() <= {name.value for name in AttentionBackendName}
     assert set(UPSTREAM_NAMES.values()) <= BACKENDS.keys()
@@ -232,8 +227,12 @@ def test_resetting_the_backend_goes_back_to_the_default() -> None:
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", [["to_q", "to_k", "to_v", "to_out.0"], ["ff.net.2"], "all-linear"], ids=str)
-@pytest.mark.parametrize("function", ["get_peft_model", "inject_adapter_in_model"])
+@for_each(
+    "targets",
+    [["to_q", "to_k", "to_v", "to_out.0"], ["ff.net.2"], "all-linear"],
+    "function",
+    ["get_peft_model", "inject_adapter_in_model"],
+)
 def test_pefts_functions_are_refused_and_leave_nothing(function: str, targets: Any) -> None:
     import peft
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cogx_fast.runtime.code_file import ArtifactError, differences, read_artifact, write_artifact
+from tests.cases import for_each
 
 MEMBERS = {"a.bin": bytes(range(256)) * 4, "b/c.so": b"\x7fELF" + b"x" * 300}
 
@@ -78,7 +79,7 @@ def test_contents_that_were_exchanged_are_refused(path: Path) -> None:
         read_artifact(path, "thing")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"hello", pickle.dumps({"kind": "thing"}), b'{"kind": "thing"}'])
+@for_each("content", [b"", b"PK", b"hello", pickle.dumps({"kind": "thing"}), b'{"kind": "thing"}'])
 def test_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ArtifactError, match="damaged, or not a thing"):

@@ -17,18 +17,13 @@ from cogx_fast.runtime.compile import (
     watch_compilation,
 )
 from cogx_fast.runtime.module import CogVideoXModel
-from tests.support import AROUND, inputs, relative_error, small
+from tests.cases import for_each
+from tests.support import AROUND, inputs, predict, relative_error, small
 
 
 def make(config: TransformerConfig) -> CogVideoXModel:
     torch.manual_seed(0)
     return CogVideoXModel(config).eval()
-
-
-def call(model: CogVideoXModel, arguments: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        output: torch.Tensor = model(**arguments, return_dict=False)[0]
-    return output
 
 
 def test_given_tables_reuse_the_graph_of_those_built_here() -> None:
@@ -37,11 +32,11 @@ def test_given_tables_reuse_the_graph_of_those_built_here() -> None:
     model = make(small("5b"))
     arguments = inputs(model.config, seed=5)
     rotary = pipeline_rotary(model.config, arguments["hidden_states"])
-    expected = call(model, arguments)
+    expected = predict(model, arguments)
     compile_model(model, CompileConfig(backend="eager", strict=True))
     with watch_compilation() as stats:
-        assert relative_error(call(model, arguments), expected) <= 1e-5
-        assert relative_error(call(model, arguments | {"image_rotary_emb": rotary}), expected) <= 1e-5
+        assert relative_error(predict(model, arguments), expected) <= 1e-5
+        assert relative_error(predict(model, arguments | {"image_rotary_emb": rotary}), expected) <= 1e-5
     assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
     assert stats.seconds > 0
 
@@ -51,13 +46,13 @@ def test_both_scopes_equal_eager_in_bf16_within_rounding(scope: Any) -> None:
     config = small("1.5-5b-i2v")
     model = make(config)
     arguments = inputs(config)
-    exact = call(model, arguments)
+    exact = predict(model, arguments)
     model.to(torch.bfloat16)
     half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in arguments.items()}
-    eager_error = relative_error(call(model, half), exact)
+    eager_error = relative_error(predict(model, half), exact)
     compile_model(model, CompileConfig(scope=scope))
     with watch_compilation() as stats:
-        compiled_error = relative_error(call(model, half), exact)
+        compiled_error = relative_error(predict(model, half), exact)
     assert (stats.graphs, stats.breaks) == (1 + AROUND * (scope == "block"), 0)
     assert compiled_error <= 1.05 * eager_error
 
@@ -81,7 +76,7 @@ def test_each_model_has_a_cache_of_its_own() -> None:
         model = make(small("5b", num_attention_heads=width, num_layers=1))
         compile_model(model, CompileConfig(backend="eager"))
         with watch_compilation() as stats:
-            call(model, inputs(model.config, batch=1))
+            predict(model, inputs(model.config, batch=1))
         assert (stats.graphs, stats.recompiles) == (1 + AROUND, 0)
 
 
@@ -97,9 +92,9 @@ def test_what_stands_around_the_blocks_is_compiled_while_it_is_as_it_was_built()
     model, eager = (make(small("1.5-5b-i2v")).requires_grad_(False) for _ in range(2))
     compile_model(model, CompileConfig(backend="eager", strict=True))
     arguments = inputs(model.config)
-    plain = call(eager, arguments)
+    plain = predict(eager, arguments)
 
-    def graphs(call: Callable[..., torch.Tensor] = call) -> int:
+    def graphs(call: Callable[..., torch.Tensor] = predict) -> int:
         with watch_compilation() as stats:
             assert relative_error(call(model, arguments), call(eager, arguments)) <= 1e-5
         assert (stats.breaks, stats.recompiles) == (0, 0)
@@ -108,7 +103,7 @@ def test_what_stands_around_the_blocks_is_compiled_while_it_is_as_it_was_built()
     assert graphs() == 1 + AROUND
     handles = [each.proj_out.register_forward_hook(lambda _, __, output: output / 2) for each in (model, eager)]
     assert graphs() == 0
-    assert relative_error(call(model, arguments), plain) > 0.4
+    assert relative_error(predict(model, arguments), plain) > 0.4
     for handle in handles:
         handle.remove()
     assert graphs() == 0
@@ -117,7 +112,7 @@ def test_what_stands_around_the_blocks_is_compiled_while_it_is_as_it_was_built()
         own.load_state_dict(each.proj_out.state_dict())
         each.proj_out = own
     assert graphs() == 0
-    assert relative_error(call(model, arguments), plain) > 0.4
+    assert relative_error(predict(model, arguments), plain) > 0.4
 
     uncompile_model(model)
     compile_model(model, CompileConfig(backend="eager", strict=True))
@@ -130,7 +125,7 @@ def test_uncompile_runs_eagerly_again() -> None:
         compile_model(model, CompileConfig(scope=scope, backend="eager"))
         uncompile_model(model)
         with watch_compilation() as stats:
-            call(model, inputs(model.config))
+            predict(model, inputs(model.config))
         assert stats.graphs == 0
 
 
@@ -148,9 +143,9 @@ def test_watch_sees_a_recompile_for_another_size() -> None:
     model = make(small("5b", num_layers=1))
     compile_model(model, CompileConfig(backend="eager", dynamic=False))
     with watch_compilation() as stats:
-        call(model, inputs(model.config))
+        predict(model, inputs(model.config))
         with pytest.warns(RecompileWarning):
-            call(model, inputs(model.config, height=8))
+            predict(model, inputs(model.config, height=8))
     parts = 1 + AROUND
     assert (stats.graphs, stats.recompiles) == (2 * parts, parts)
 
@@ -167,11 +162,11 @@ def test_a_graph_break_is_an_error_not_a_slow_down(monkeypatch: pytest.MonkeyPat
     model = make(small("5b"))
     compile_model(model, CompileConfig(backend="eager"))
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        call(model, inputs(model.config))
+        predict(model, inputs(model.config))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
+@for_each(
+    "options, message",
     [
         ({"scope": "layer"}, "scope is 'layer'"),
         ({"mode": "fastest"}, "mode is 'fastest'"),

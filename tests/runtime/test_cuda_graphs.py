@@ -11,7 +11,7 @@ import torch
 import quant
 from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
-from tests.support import inputs, relative_error, small
+from tests.support import inputs, predict, relative_error, small
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,12 +27,6 @@ def make(recipe: str | None = None) -> CogVideoXModel:
     return model
 
 
-def call(model: CogVideoXModel, arguments: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        output: torch.Tensor = model(**arguments, return_dict=False)[0]
-    return output
-
-
 def on_gpu(model: CogVideoXModel, **options: Any) -> dict[str, Any]:
     return inputs(model.config, dtype=torch.bfloat16, device="cuda", **options)
 
@@ -45,7 +39,7 @@ def test_outputs_stay_and_inputs_may_be_reused_or_freed(mode: str) -> None:
     model, eager = make(), make()
     compile_model(model, CompileConfig(scope="model", mode=mode, strict=True))
     skipped = counters["inductor"]["cudagraph_skips"]
-    expected = [call(eager, on_gpu(model, seed=seed)) for seed in range(8)]
+    expected = [predict(eager, on_gpu(model, seed=seed)) for seed in range(8)]
     kept, reused = [], on_gpu(model)
     for seed in range(8):
         given = on_gpu(model, seed=seed)
@@ -54,7 +48,7 @@ def test_outputs_stay_and_inputs_may_be_reused_or_freed(mode: str) -> None:
                 tensor.copy_(given[name])
             given = reused
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-            kept.append(call(model, given))
+            kept.append(predict(model, given))
         for tensor in given.values():  # and what was given is overwritten, or freed, before the result is read
             tensor.zero_()
     assert any("cudaGraphLaunch" in event.key for event in profiled.key_averages()), "the last call was no replay"
@@ -75,6 +69,6 @@ def test_all_batches_on_cuda_are_one_graph(recipe: str | None, batches: tuple[in
     with watch_compilation() as stats:
         for batch in batches:
             given = on_gpu(model, batch=batch)
-            assert relative_error(call(model, given), call(eager, given)) <= 5e-2
+            assert relative_error(predict(model, given), predict(eager, given)) <= 5e-2
     graphs = 1 if is_told or recipe not in ("int8-dynamic", "fp8-dynamic") else 2
     assert (stats.graphs, stats.breaks) == (graphs, 0)

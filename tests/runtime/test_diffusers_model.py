@@ -15,8 +15,9 @@ import torch.multiprocessing
 
 import cogx_fast
 from cogx_fast.config import ConfigError, TransformerConfig
+from tests.cases import for_each
 from tests.pipes import KINDS, generate, make_pipe
-from tests.support import inputs, small, upstream
+from tests.support import RELEASED, inputs, small, upstream
 
 CONFIG = small("5b")
 
@@ -117,8 +118,7 @@ def test_registering_another_size_changes_no_added_positions() -> None:
 # -- averages ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["2b", "5b-i2v", "1.5-5b"])
-@pytest.mark.parametrize("saved_as", ["diffusers' class", "ours"])
+@for_each("name", ["2b", "5b-i2v", "1.5-5b"], "saved_as", ["diffusers' class", "ours"])
 def test_averages_are_saved_and_read_as_upstreams(name: str, saved_as: str, tmp_path: Path) -> None:
     import diffusers
     from diffusers.training_utils import EMAModel
@@ -156,7 +156,7 @@ def test_averages_are_saved_and_read_as_upstreams(name: str, saved_as: str, tmp_
 # -- exact types, other processes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "CogVideoXPipeline"])
+@for_each("kind", [kind for kind in KINDS if kind != "CogVideoXPipeline"])
 def test_from_pipe_hands_our_model_over(kind: str) -> None:
     import diffusers
 
@@ -185,11 +185,11 @@ def reloaded(model: Any) -> Any:
 COPIES = {"pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch.save": reloaded, "deepcopy": copy.deepcopy}  # noqa: S301
 
 
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_copies_compute_the_same_on_weights_of_their_own(model: Any, how: str, compiled: bool) -> None:
+@for_each("how", COPIES, "name, compiled", [*((name, False) for name in RELEASED), ("5b", True)])
+def test_copies_compute_the_same_on_weights_of_their_own(how: str, name: str, compiled: bool) -> None:
     from cogx_fast.runtime.compile import CompileConfig, compile_model
 
+    model = cogx_fast.load(upstream(small(name)))
     model.register_to_config(note="mine")
     if compiled:
         compile_model(model, CompileConfig(backend="eager"))

@@ -17,6 +17,7 @@ from cogx_fast.model.layers import FeedForward
 from cogx_fast.model.transformer import Block
 from cogx_fast.runtime.attached import AttachedError
 from cogx_fast.runtime.compile import RecompileError, RecompileWarning, watch_compilation
+from tests.cases import for_each
 from tests.runtime.attached import CONFIG, SCOPES, build, run
 from tests.support import AROUND, relative_error, upstream
 
@@ -57,8 +58,8 @@ TAKEN = {  # which of WHERE, before the first call and after it: compiling is wh
 }
 
 
-@pytest.mark.parametrize(
-    ("scope", "called", "way", "place"),
+@for_each(
+    "scope, called, way, place",
     [
         (scope, called, *WHERE[index])
         for scope, taken in TAKEN.items()
@@ -81,8 +82,8 @@ def test_hooks_run_wherever_they_are_put(scope: str, called: bool, way: str, pla
         assert relative_error(run(model), expected) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("kind", "scope"),
+@for_each(
+    "kind, scope",
     [(Block, "block"), (Block, "model"), (FeedForward, "block"), (nn.LayerNorm, "block"), (nn.LayerNorm, "model")],
 )
 def test_a_forward_given_to_a_class_runs_until_it_is_taken_away(
@@ -193,8 +194,7 @@ MOVING: dict[str, Callable[[Any], None]] = {
 OWNERS = {"sequential": "accelerate's AlignDevicesHook", "blocks": "group_offloading", "leaves": "group_offloading"}
 
 
-@pytest.mark.parametrize("way", MOVING)
-@pytest.mark.parametrize(("scope", "called"), [("eager", True), ("block", False), ("block", True), ("model", True)])
+@for_each("way", MOVING, "scope, called", [("eager", True), ("block", False), ("block", True), ("model", True)])
 def test_offloading_and_casting_work_or_say_what_to_do_instead(scope: str, way: str, called: bool) -> None:
     plain, model = build(), build(scope)
     expected = run(plain)

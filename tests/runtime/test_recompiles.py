@@ -19,7 +19,8 @@ from cogx_fast.runtime.compile import (
     watch_compilation,
 )
 from cogx_fast.runtime.module import CogVideoXModel
-from tests.support import AROUND, RELEASED, inputs, relative_error, small
+from tests.cases import for_each
+from tests.support import AROUND, RELEASED, inputs, predict, relative_error, small
 
 RESOLUTIONS = [(12, 10), (10, 12), (8, 8), (12, 16), (16, 12), (6, 10), (14, 8), (20, 4)]
 FRAMES = [4, 6, 8]
@@ -29,12 +30,6 @@ TEXTS = [8, 5, 3]
 def make(name: str, attention: str = "sdpa", **changes: Any) -> CogVideoXModel:
     torch.manual_seed(0)
     return CogVideoXModel(small(name, **changes), attention=attention).eval()
-
-
-def call(model: CogVideoXModel, arguments: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        output: torch.Tensor = model(**arguments, return_dict=False)[0]
-    return output
 
 
 def calls(model: CogVideoXModel, *, batches: tuple[int, ...] = (1, 2, 4)) -> list[dict[str, Any]]:
@@ -56,30 +51,26 @@ def calls(model: CogVideoXModel, *, batches: tuple[int, ...] = (1, 2, 4)) -> lis
     ]
 
 
-@pytest.mark.parametrize(
-    ("attention", "batches"), [("sdpa", (1, 2, 4)), ("flex", (1, 2, 4)), ("sdpa", (2, 1, 4))], ids=str
-)
+@for_each("attention, batches", [("sdpa", (1, 2, 4)), ("flex", (1, 2, 4)), ("sdpa", (2, 1, 4))])
 def test_one_compilation_holds_for_all_sizes_batches_and_texts(attention: str, batches: tuple[int, ...]) -> None:
     """Compiled for a batch of one first, which torch by itself compiles apart, and for two first."""
     model, eager = make("5b", attention), make("5b")
     eager.load_state_dict(model.state_dict())
     compile_model(model, CompileConfig(strict=True))
     with watch_compilation() as stats:
-        errors = [relative_error(call(model, each), call(eager, each)) for each in calls(model, batches=batches)]
+        errors = [relative_error(predict(model, each), predict(eager, each)) for each in calls(model, batches=batches)]
     assert len(errors) == 24
     assert max(errors) <= 1e-5
     assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "scope"), [*((name, "block") for name in RELEASED), ("2b", "model"), ("1.5-5b-i2v", "model")]
-)
+@for_each("name, scope", [*((name, "block") for name in RELEASED), ("2b", "model"), ("1.5-5b-i2v", "model")])
 def test_no_released_model_recompiles(name: str, scope: Any) -> None:
     model = make(name)
     compile_model(model, CompileConfig(scope=scope, backend="eager", strict=True))
     with watch_compilation() as stats:
         for arguments in calls(model)[::5]:
-            call(model, arguments)
+            predict(model, arguments)
     assert (stats.graphs, stats.recompiles) == (1 + AROUND * (scope == "block"), 0)
 
 
@@ -94,7 +85,7 @@ def test_quantized_activations_are_one_graph_for_all_batches_too() -> None:
     with watch_compilation() as stats:
         for arguments in calls(model)[:3]:
             # norm and rotation are written otherwise when compiling; a value on the edge then rounds to the next int8
-            assert relative_error(call(model, arguments), call(eager, arguments)) <= 3e-4
+            assert relative_error(predict(model, arguments), predict(eager, arguments)) <= 3e-4
     assert (stats.graphs, stats.recompiles) == (1 + AROUND, 0)
 
 
@@ -113,7 +104,7 @@ def test_a_torch_that_cannot_be_told_of_a_least_batch_compiles_a_batch_of_one_ap
     with watch_compilation() as stats, warnings.catch_warnings():
         warnings.simplefilter("ignore", RecompileWarning)
         for arguments in calls(model)[:3]:
-            call(model, arguments)
+            predict(model, arguments)
     assert stats.graphs == 2 * (1 + AROUND)
 
 
@@ -128,7 +119,7 @@ def test_a_mask_is_symbolic_too() -> None:
             mask = torch.ones(batch, text + frames * height * width // 4, dtype=torch.bool)
             mask[:, 1] = False
             arguments["attention_kwargs"] = {"attention_mask": mask}
-            assert relative_error(call(model, arguments), call(eager, arguments)) <= 1e-5
+            assert relative_error(predict(model, arguments), predict(eager, arguments)) <= 1e-5
             assert not hasattr(mask, "_dynamo_dynamic_indices")
     assert (stats.graphs, stats.recompiles) == (1 + AROUND, 0)
 
@@ -154,7 +145,7 @@ def test_static_sizes_compile_each_size_apart_and_more_than_torchs_limit_of_them
     with watch_compilation() as stats, warnings.catch_warnings():
         warnings.simplefilter("ignore", RecompileWarning)
         for arguments in calls(model, batches=(1,))[:9]:
-            call(model, arguments)
+            predict(model, arguments)
     parts = 1 + AROUND
     assert (stats.graphs, stats.recompiles) == (9 * parts, 8 * parts)
 
@@ -178,7 +169,7 @@ def test_blocks_of_two_kinds_are_two_graphs_and_no_recompile(scope: Any) -> None
     with watch_compilation() as stats:
         for arguments in calls(model)[:3]:
             half = {name: v.bfloat16() if v.is_floating_point() else v for name, v in arguments.items()}
-            assert relative_error(call(model, half), call(eager, half)) <= 1e-2
+            assert relative_error(predict(model, half), predict(eager, half)) <= 1e-2
     assert (stats.graphs, stats.breaks, stats.recompiles) == (2 + AROUND if scope == "block" else 1, 0, 0)
 
 
@@ -201,11 +192,11 @@ def changed(model: CogVideoXModel, what: str) -> Any:
         model.train()
     elif what == "weights":
         model.transformer_blocks[0].attn1.num_heads = 1
-    return call(model, arguments)
+    return predict(model, arguments)
 
 
-@pytest.mark.parametrize(
-    ("what", "scope", "parts"),
+@for_each(
+    "what, scope, parts",
     [
         ("grad mode", "block", 1),
         ("grad mode", "model", 1),
@@ -218,7 +209,7 @@ def changed(model: CogVideoXModel, what: str) -> Any:
 def test_the_input_that_makes_it_compile_again_is_named_once(what: str, scope: Any, parts: int) -> None:
     model = make("5b", num_layers=1)
     compile_model(model, CompileConfig(scope=scope, backend="eager"))
-    call(model, inputs(model.config))
+    predict(model, inputs(model.config))
     message = f"the {scope} compiles again: .*{re.escape(what)} is .*, was .*torch's reason: "
     with watch_compilation() as stats, pytest.warns(RecompileWarning, match=message) as caught:
         changed(model, what)
@@ -231,30 +222,30 @@ def test_the_input_that_makes_it_compile_again_is_named_once(what: str, scope: A
 def test_strict_makes_it_an_error_and_what_was_compiled_stays() -> None:
     model = make("5b", num_layers=1)
     compile_model(model, CompileConfig(backend="eager", strict=True))
-    call(model, inputs(model.config))
+    predict(model, inputs(model.config))
     with watch_compilation() as stats:
         with pytest.raises(RecompileError, match=r"the block compiles again: .*attention_mask is .*strict=True"):
             changed(model, "attention_mask")
-        call(model, inputs(model.config))
+        predict(model, inputs(model.config))
     assert stats.graphs == 0
 
 
 def test_a_static_size_that_changes_is_named() -> None:
     model = make("5b", num_layers=1)
     compile_model(model, CompileConfig(dynamic=False, strict=True, backend="eager"))
-    call(model, inputs(model.config))
+    predict(model, inputs(model.config))
     message = r"hidden_states' size is 2 × 4 × 16 × 8 × 10, was 2 × 4 × 16 × 12 × 10 \(.*use dynamic=True"
     with pytest.raises(RecompileError, match=message):
-        call(model, inputs(model.config, height=8))
+        predict(model, inputs(model.config, height=8))
 
 
 def test_a_change_of_the_model_itself_is_said_to_be_none_of_the_inputs() -> None:
     model = make("5b", num_layers=1)
     compile_model(model, CompileConfig(backend="eager"))
-    call(model, inputs(model.config))
+    predict(model, inputs(model.config))
     model.transformer_blocks[0].norm1.norm.eps = 1e-3
     with pytest.warns(RecompileWarning, match="the cause is not an input.*torch's reason.*eps"):
-        call(model, inputs(model.config))
+        predict(model, inputs(model.config))
 
 
 def test_after_the_warning_both_ways_are_compiled() -> None:
@@ -262,12 +253,12 @@ def test_after_the_warning_both_ways_are_compiled() -> None:
     eager.load_state_dict(model.state_dict())
     compile_model(model, CompileConfig(backend="eager"))
     arguments = inputs(model.config)
-    call(model, arguments)
+    predict(model, arguments)
     with pytest.warns(RecompileWarning):
         model(**arguments)
     with watch_compilation() as stats, warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert relative_error(call(model, arguments), call(eager, arguments)) <= 1e-6
+        assert relative_error(predict(model, arguments), predict(eager, arguments)) <= 1e-6
         assert model(**arguments).sample.requires_grad
     assert stats.graphs == 0
 
@@ -300,7 +291,7 @@ def test_no_flag_of_torch_is_changed(scope: Any, monkeypatch: pytest.MonkeyPatch
     config = CompileConfig(scope=scope, backend="aot_eager" if scope == "block" else "eager", strict=True)
     compile_model(model, config)
     assert state() == before
-    call(model, inputs(model.config))
+    predict(model, inputs(model.config))
     assert state() == before
     with pytest.raises(RecompileError):
         model(**inputs(model.config))
@@ -313,10 +304,10 @@ def test_no_flag_of_torch_is_changed(scope: Any, monkeypatch: pytest.MonkeyPatch
     compile_model(model, config)
     monkeypatch.setattr(transformer, "attend", fails)
     with pytest.raises(Exception, match="ZeroDivisionError"):
-        call(model, inputs(model.config))
+        predict(model, inputs(model.config))
     assert state() == before
     monkeypatch.setattr(transformer, "attend", attend.attend)
-    call(model, inputs(model.config))  # and a compilation that failed is done again
+    predict(model, inputs(model.config))  # and a compilation that failed is done again
 
 
 def test_inputs_of_the_caller_are_not_marked() -> None:
@@ -324,7 +315,7 @@ def test_inputs_of_the_caller_are_not_marked() -> None:
     for scope in ("block", "model"):
         compile_model(model, CompileConfig(scope=scope, backend="eager"))  # type: ignore[arg-type]
         arguments = inputs(model.config)
-        call(model, arguments)
+        predict(model, arguments)
         assert [name for name, value in arguments.items() if vars(value)] == []
 
 

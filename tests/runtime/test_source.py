@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pkgutil
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,10 +15,10 @@ from torch.nn.utils import parametrize
 
 import cogx_fast
 from cogx_fast.runtime.attached import AttachedError
-from tests.runtime.attached import build, run
-from tests.support import RELEASED, inputs, pipeline_rotary, relative_error, small, upstream
+from tests.cases import for_each
+from tests.runtime.attached import CONFIG, build, mine, refused, run
+from tests.support import inputs, relative_error, upstream
 
-CONFIG = small("5b")
 PLACES = {
     "the model": "",
     "a block": "transformer_blocks.1",
@@ -29,10 +30,6 @@ PLACES = {
     "the head": "proj_out",
     "the embedding": "patch_embed",
 }
-
-
-def mine(*_: Any, **__: Any) -> None:
-    """A user's hook."""
 
 
 def patch_instance(module: nn.Module) -> None:
@@ -82,16 +79,8 @@ WAYS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
 }
 
 
-def refused(source: nn.Module, words: str) -> None:
-    before = {name: tensor.data_ptr() for name, tensor in source.named_parameters()}
-    with pytest.raises(AttachedError, match=f"(?s){words}.*What to do: "):
-        cogx_fast.load(source)
-    assert {name: tensor.data_ptr() for name, tensor in source.named_parameters()} == before
-
-
-@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("way", WAYS)
-def test_what_is_attached_is_refused_by_name_wherever_it_is(way: str, place: str) -> None:
+@for_each("place", PLACES.values(), "way", WAYS)
+def test_what_is_attached_is_refused_by_name_wherever_it_is(place: str, way: str) -> None:
     source = upstream(CONFIG)
     attach, words = WAYS[way]
     attach(source.get_submodule(place))
@@ -170,63 +159,60 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_other_modules_and_settings_are_refused_by_name(change: str) -> None:
+@for_each("make, words", CHANGES.values(), ids=CHANGES)
+def test_other_modules_and_settings_are_refused_by_name(make: Callable[[Any], Any], words: str) -> None:
     source = upstream(CONFIG)
-    make, words = CHANGES[change]
     make(source)
     refused(source, words)
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm", "spectral_norm"])
-def test_parametrized_weights_are_refused(kind: str) -> None:
+NORMS = nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.parametrizations.spectral_norm
+
+
+@for_each("norm", NORMS)
+def test_parametrized_weights_are_refused(norm: Callable[[nn.Module], Any]) -> None:
     source = upstream(CONFIG)
-    make = {
-        "weight_norm": nn.utils.parametrizations.weight_norm,
-        "old weight_norm": nn.utils.weight_norm,
-        "spectral_norm": nn.utils.parametrizations.spectral_norm,
-    }[kind]
-    make(source.proj_out)
+    norm(source.proj_out)
     with pytest.raises(ValueError, match=r"proj_out\."):
+        cogx_fast.load(source)
+
+
+def test_a_parametrization_that_changes_nothing_is_refused_too() -> None:
+    """Training through it would be lost."""
+    source = upstream(CONFIG)
+    parametrize.register_parametrization(source.proj_out, "weight", nn.Identity())
+    with pytest.raises(ValueError, match=r"proj_out\.parametrizations"):
         cogx_fast.load(source)
 
 
 # -- classes -----------------------------------------------------------------------------------------------------------
 
 
-def classes() -> dict[str, tuple[Any, str]]:
-    from diffusers.models import attention, attention_processor, embeddings, normalization
-    from diffusers.models.transformers import cogvideox_transformer_3d as model
-
-    return {
-        "model": (model.CogVideoXTransformer3DModel, "forward"),
-        "block": (model.CogVideoXBlock, "forward"),
-        "processor": (attention_processor.CogVideoXAttnProcessor2_0, "__call__"),
-        "attention": (attention_processor.Attention, "forward"),
-        "feed-forward": (attention.FeedForward, "forward"),
-        "norm": (normalization.CogVideoXLayerNormZero, "forward"),
-        "patches": (embeddings.CogVideoXPatchEmbed, "_get_positional_embeddings"),
-        "linear": (nn.Linear, "forward"),
-        "rotation": (embeddings, "apply_rotary_emb"),
-        "timestep": (embeddings, "get_timestep_embedding"),
-    }
+DIFFUSERS = "diffusers.models"
+PATCHED = {
+    "model": f"{DIFFUSERS}.transformers.cogvideox_transformer_3d.CogVideoXTransformer3DModel.forward",
+    "block": f"{DIFFUSERS}.transformers.cogvideox_transformer_3d.CogVideoXBlock.forward",
+    "processor": f"{DIFFUSERS}.attention_processor.CogVideoXAttnProcessor2_0.__call__",
+    "attention": f"{DIFFUSERS}.attention_processor.Attention.forward",
+    "feed-forward": f"{DIFFUSERS}.attention.FeedForward.forward",
+    "norm": f"{DIFFUSERS}.normalization.CogVideoXLayerNormZero.forward",
+    "patches": f"{DIFFUSERS}.embeddings.CogVideoXPatchEmbed._get_positional_embeddings",
+    "linear": "torch.nn.Linear.forward",
+    "rotation": f"{DIFFUSERS}.embeddings.apply_rotary_emb",
+    "timestep": f"{DIFFUSERS}.embeddings.get_timestep_embedding",
+}
 
 
-@pytest.mark.parametrize(
-    "which",
-    ["model", "block", "processor", "attention", "feed-forward", "norm", "patches", "linear", "rotation", "timestep"],
-)
-@pytest.mark.parametrize("disguised", [False, True], ids=["", "disguised"])
+@for_each("which", PATCHED, "disguised", [False, True])
 def test_patched_classes_are_refused(which: str, disguised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name = classes()[which]
-    before = getattr(owner, name)
+    before = pkgutil.resolve_name(PATCHED[which])
 
     def patched(*a: Any, **k: Any) -> Any:
         return before(*a, **k)
 
     source = upstream(CONFIG)
-    monkeypatch.setattr(owner, name, functools.wraps(before)(patched) if disguised else patched)
-    refused(source, f"{name} that is not its own")
+    monkeypatch.setattr(PATCHED[which], functools.wraps(before)(patched) if disguised else patched)
+    refused(source, f"{before.__name__} that is not its own")
     monkeypatch.undo()
     cogx_fast.load(source)
 
@@ -284,10 +270,10 @@ HARMLESS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("change", HARMLESS)
-def test_what_changes_nothing_is_taken(change: str) -> None:
+@for_each("change", HARMLESS.values(), ids=HARMLESS)
+def test_what_changes_nothing_is_taken(change: Callable[[Any], Any]) -> None:
     source = upstream(CONFIG)
-    HARMLESS[change](source)
+    change(source)
     model = cogx_fast.load(source)
     assert model.proj_out.weight.data_ptr() == source.proj_out.weight.data_ptr()
 
@@ -298,20 +284,11 @@ def test_settings_are_taken_along() -> None:
     source.enable_gradient_checkpointing()
     model = cogx_fast.load(source, attention_plan="tiles")
     assert model.gradient_checkpointing
-    assert model._gradient_checkpointing_func is None, "torch's own"
-    source.enable_gradient_checkpointing(mine)
-    assert cogx_fast.load(source)._gradient_checkpointing_func is mine
+    calls = []
+    source.enable_gradient_checkpointing(lambda block, *arguments: calls.append(block) or block(*arguments))
+    cogx_fast.load(source).train()(**inputs(CONFIG))
+    assert len(calls) == CONFIG.num_layers
     assert cogx_fast.load(model).attention_plan == model.attention_plan
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_every_released_model_is_taken_and_is_ours_again(name: str) -> None:
-    config = small(name)
-    model = cogx_fast.load(upstream(config))
-    again = cogx_fast.load(model)
-    arguments = inputs(config)
-    with torch.no_grad():
-        assert torch.equal(again(**arguments).sample, model(**arguments).sample)
 
 
 def test_processors_named_as_diffusers_own_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,11 +314,9 @@ OURS: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("change", OURS)
-def test_on_a_model_of_ours_it_is_refused_as_well(change: str, compile: bool) -> None:
-    config = cogx_fast.CompileConfig(backend="eager") if compile else False
-    model = cogx_fast.load(upstream(CONFIG), compile=config)
+@for_each("scope", ["eager", "block"], "change", OURS)
+def test_on_a_model_of_ours_it_is_refused_as_well(scope: str, change: str) -> None:
+    model = build(scope)
     make, words = OURS[change]
     make(model)
     refused(model, words)
@@ -353,77 +328,3 @@ def test_a_compiled_model_of_ours_is_taken(scope: str) -> None:
     expected = run(compiled)
     assert relative_error(run(cogx_fast.load(compiled)), expected) <= 1e-5
     assert torch.equal(run(compiled), expected)
-
-
-# -- adapters ----------------------------------------------------------------------------------------------------------
-
-
-def adapted(**options: Any) -> Any:
-    from peft import LoraConfig
-
-    source = upstream(CONFIG)
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2"]
-    source.add_adapter(
-        LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=targets, **options), "style"
-    )
-    return source
-
-
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_merged_adapters_are_taken_with_the_weights(options: dict[str, Any]) -> None:
-    source = adapted(**options)
-    arguments = inputs(CONFIG)
-    arguments["image_rotary_emb"] = pipeline_rotary(CONFIG, arguments["hidden_states"])
-    with torch.no_grad():
-        plain = upstream(CONFIG)(**arguments).sample
-        source.fuse_lora()
-        expected = source(**arguments).sample
-        assert relative_error(plain, expected) > 1e-2
-        model = cogx_fast.load(source)
-        assert relative_error(model(**arguments).sample, expected) <= 1e-5
-        assert torch.equal(source(**arguments).sample, expected), "the source keeps working"
-    name = "transformer_blocks.0.attn1.to_out.0"
-    theirs = source.get_submodule(name).base_layer.weight
-    assert model.get_submodule(name).weight.data_ptr() == theirs.data_ptr(), "shared"
-
-
-def merged_and_disabled(source: Any) -> None:
-    source.fuse_lora()
-    source.disable_lora()
-
-
-def one_of_two(source: Any) -> None:
-    from peft import LoraConfig
-
-    source.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), "other")
-    source.fuse_lora(adapter_names=["style"])
-
-
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (lambda s: None, "style"), (lambda s: s.disable_lora(), "style"), (merged_and_disabled, "style"),
-        (one_of_two, "other"),
-    ],
-    ids=["not merged", "disabled", "merged and disabled", "one of two"],
-)  # fmt: skip
-def test_adapters_that_are_not_merged_are_refused_by_name(make: Callable[[Any], Any], name: str) -> None:
-    source = adapted()
-    make(source)
-    with pytest.raises(ValueError, match=rf"adapters that are not merged.*{name}.*fuse_lora.*unload_lora_weights"):
-        cogx_fast.load(source)
-
-
-def test_hooks_under_an_adapter_are_seen() -> None:
-    source = adapted()
-    source.fuse_lora()
-    source.transformer_blocks[0].attn1.to_q.base_layer.register_forward_hook(mine)
-    refused(source, r"forward hook .*mine on transformer_blocks\.0\.attn1\.to_q")
-
-
-def test_a_parametrization_that_changes_nothing_is_refused_too() -> None:
-    """A parametrization that changes no values is refused, too: training through it would be lost."""
-    source = upstream(CONFIG)
-    parametrize.register_parametrization(source.proj_out, "weight", nn.Identity())
-    with pytest.raises(ValueError, match=r"proj_out\.parametrizations"):
-        cogx_fast.load(source)

@@ -14,11 +14,11 @@ from cogx_fast.attention.plan import hash_config
 from cogx_fast.config import PRESETS
 from cogx_fast.runtime.step_schedule import NAMED, StepCacheError, StepSchedule
 from cogx_fast.runtime.step_schedule_file import choose_strategy, read_schedule, render_schedule, write_schedule
+from tests.cases import for_each
 from tests.runtime.generations import LAYERS, counted, generate, make, schedule, timesteps
 
 
-@pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("steps", [20, 50])
+@for_each("name", NAMED, "steps", [20, 50])
 def test_named_schedules_compute_so_many_times_fewer_blocks(name: str, steps: int) -> None:
     config = PRESETS["5b"]
     model: Any = type("Model", (), {"transformer_blocks": [None] * config.num_layers})
@@ -73,25 +73,22 @@ def test_a_schedule_survives_its_file(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["s.toml"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("format = 1", "format = 2", "format is 2"), ("[4, 1]", "[1, 1]", "first step"), ("[4, 1]", "[4, 9]", "0 to 4"),
-        ("[4, 1]", "[4, true]", "whole numbers"), ("[4, 1]", "[]", "needs a step"), ("[4, 1]", "4", "whole numbers"),
-        ('"reuse"', '"magic"', "forecast is 'magic'"), ("num_layers = 4", "layers = 4", "unknown keys layers"),
-        ("num_layers = 4", "", "num_layers is missing"), ("num_layers = 4", 'num_layers = "4"', "expected a int"),
-        ("format = 1", "format = ", "Invalid value"),
-        ("format = 1", "format = 1\nunconditional = [1]", "unconditional"),
-        ("format = 1", "format = 1\nunconditional = [1, 1]", "step 1 is not whole"),
-        ("format = 1", "format = 1\nunconditional = [0, 0]", "one half of the batch"),
-        ("format = 1", "format = 1\nweights = [[], [1.0]]", "weights go with"),
-        ('"reuse"', '"fitted"', "weights go with"),
-        ('"reuse"', '"fitted"\nweights = [[], []]', "step 1 has the weights"),
-        ('"reuse"', '"fitted"\nweights = [[], [nan]]', "step 1 has the weights"),
-        ('"reuse"', '"fitted"\nweights = [[], ["1"]]', "list of numbers"),
-        ("format = 1", "format = 1\ntimesteps = [9]", "1 timesteps for 2 steps"),
-    ],
-)  # fmt: skip
+@for_each("old, new, message", [
+    ("format = 1", "format = 2", "format is 2"), ("[4, 1]", "[1, 1]", "first step"), ("[4, 1]", "[4, 9]", "0 to 4"),
+    ("[4, 1]", "[4, true]", "whole numbers"), ("[4, 1]", "[]", "needs a step"), ("[4, 1]", "4", "whole numbers"),
+    ('"reuse"', '"magic"', "forecast is 'magic'"), ("num_layers = 4", "layers = 4", "unknown keys layers"),
+    ("num_layers = 4", "", "num_layers is missing"), ("num_layers = 4", 'num_layers = "4"', "expected a int"),
+    ("format = 1", "format = ", "Invalid value"),
+    ("format = 1", "format = 1\nunconditional = [1]", "unconditional"),
+    ("format = 1", "format = 1\nunconditional = [1, 1]", "step 1 is not whole"),
+    ("format = 1", "format = 1\nunconditional = [0, 0]", "one half of the batch"),
+    ("format = 1", "format = 1\nweights = [[], [1.0]]", "weights go with"),
+    ('"reuse"', '"fitted"', "weights go with"),
+    ('"reuse"', '"fitted"\nweights = [[], []]', "step 1 has the weights"),
+    ('"reuse"', '"fitted"\nweights = [[], [nan]]', "step 1 has the weights"),
+    ('"reuse"', '"fitted"\nweights = [[], ["1"]]', "list of numbers"),
+    ("format = 1", "format = 1\ntimesteps = [9]", "1 timesteps for 2 steps"),
+])  # fmt: skip
 def test_damaged_files_are_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
     text = render_schedule(schedule(4, 1))
     assert old in text
@@ -100,13 +97,10 @@ def test_damaged_files_are_refused(old: str, new: str, message: str, tmp_path: P
         cogx_fast.load(tmp_path / "nothing there", step_cache=tmp_path / "s.toml")  # before anything is loaded
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("slow", "'slow', expected quality, balanced"), ("teacache:much", "a number"), ("teacache:-1", "a number"),
-        ("mask:1,2", "a 0 or 1"), ("mask:", "a 0 or 1"), ("mask:0,1", "begin with 1"), (7, "is a int"),
-    ],
-)  # fmt: skip
+@for_each("value, message", [
+    ("slow", "'slow', expected quality, balanced"), ("teacache:much", "a number"), ("teacache:-1", "a number"),
+    ("mask:1,2", "a 0 or 1"), ("mask:", "a 0 or 1"), ("mask:0,1", "begin with 1"), (7, "is a int"),
+])  # fmt: skip
 def test_what_is_no_step_cache_is_refused_before_anything_is_loaded(value: Any, message: str) -> None:
     with pytest.raises(StepCacheError, match=message):
         cogx_fast.load("nothing there", step_cache=value)

@@ -21,6 +21,7 @@ from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.parallel import ParallelConfig
 from cogx_fast.runtime.runner import Runner, Slots, compute_all
 from cogx_fast.runtime.streaming import InOrder, OffloadError, StreamedBlocks, stream_blocks
+from tests.cases import for_each
 from tests.pipes import FRAMES, HEIGHT, WIDTH, make_pipe
 from tests.support import AROUND, RELEASED, inputs, relative_error, small
 
@@ -159,7 +160,7 @@ def test_a_copy_is_under_way_while_a_block_computes_and_only_two_blocks_are_ther
 # -------------------------------------------------------------------------------------------------- the whole model
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("name", RELEASED)
 def test_every_release_computes_the_same_bit_for_bit(name: str) -> None:
     model = make(name)
     expected = [run(model, batch=batch) for batch in (2, 1)]

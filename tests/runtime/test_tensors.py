@@ -10,6 +10,7 @@ from torch import nn
 
 from cogx_fast.model.transformer import Block
 from cogx_fast.runtime.tensors import Weights, hash_block, leaves, named_weights, unflatten
+from tests.cases import for_each
 from tests.support import small
 
 SCHEMES = (None, "int8-dynamic", "int8-weight-only", "fp8-weight-only")
@@ -36,7 +37,7 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     return all(torch.equal(one.double(), other.double()) for one, other in pairs)  # fp8 is not compared
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@for_each("scheme", SCHEMES)
 def test_every_weight_and_back(scheme: str | None) -> None:
     block = make(scheme)
     found = leaves(block)
@@ -58,7 +59,7 @@ def test_kinds_are_told_apart() -> None:
     assert hash_block(make()) != hash_block(make().bfloat16())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@for_each("scheme", SCHEMES)
 def test_reading_walks_no_module(scheme: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     block = make(scheme)
     weights, expected = Weights(block), leaves(block)
@@ -80,7 +81,7 @@ def _replace_module(block: Block) -> None:
     block.attn1.to_qkv = linear.requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", [_double, _replace, _replace_module])
+@for_each("change", [_double, _replace, _replace_module])
 def test_changes_are_seen(change: Callable[[Block], None]) -> None:
     block = make()
     weights = Weights(block)

@@ -78,14 +78,6 @@ def test_a_real_recompile_is_still_told_of() -> None:
     assert [each.category for each in seen] == [RecompileWarning]
 
 
-def test_no_flag_is_left_behind() -> None:
-    import torch._dynamo.config as dynamo
-
-    before = (dynamo.error_on_recompile, dynamo.recompile_limit)
-    at_once(*(lambda: predict(model(strict=True)) for _ in range(3)))
-    assert (dynamo.error_on_recompile, dynamo.recompile_limit) == before
-
-
 class Shared(types.SimpleNamespace):
     """A config module of which all threads see the same values, as torch 2.11's."""
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils import cpp_extension
 
 from cogx_fast.runtime.toolkit import build_tools
+from tests.cases import for_each
 
 CUDA = torch.device("cuda")
 HEADERS = ("cuda.h", "cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h")
@@ -50,7 +51,7 @@ def test_what_is_missing_is_named_with_where_it_was_looked_for_and_how_to_get_it
         pytest.fail("it went on")
 
 
-@pytest.mark.parametrize("lacking", HEADERS)
+@for_each("lacking", HEADERS)
 def test_a_toolkit_that_lacks_a_header_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
     make_headers(tmp_path / "include", *(name for name in HEADERS if name != lacking))
     make_driver(tmp_path / "lib64")
@@ -69,7 +70,7 @@ def test_a_toolkit_without_the_drivers_library_is_named(tmp_path: Path, monkeypa
         pytest.fail("it went on")
 
 
-@pytest.mark.parametrize("folder", ["lib64", "lib64/stubs", "lib"])
+@for_each("folder", ["lib64", "lib64/stubs", "lib"])
 def test_a_whole_toolkit_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     make_headers(tmp_path / "include", *HEADERS)
     make_driver(tmp_path / folder)
