@@ -11,6 +11,7 @@ import torch
 from cogx_fast import assets
 from cogx_fast.assets import recipe
 from cogx_fast.config import PRESETS
+from tests.cases import for_each
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,8 @@ def test_its_parts_are_as_described(pipe: Any) -> None:
     assert pipe.text_encoder.config.vocab_size == len(pipe.tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "tokens"),
+@for_each(
+    "prompt, tokens",
     [
         ("a seven moving left", ["▁a", "▁seven", "▁moving", "▁left", "</s>"]),
         ("the digit zero, standing still", ["▁the", "▁digit", "▁zero", ",", "▁standing", "▁still", "</s>"]),

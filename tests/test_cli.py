@@ -16,9 +16,11 @@ from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.cli.output import quiet_libraries
 from cogx_fast.config import PRESETS
 from cogx_fast.model import cpu
+from cogx_fast.pipelines import generation
 from cogx_fast.pipelines.generation import Request
 from cogx_fast.sizes import VideoSize
 from cogx_fast.video.files import read_video
+from tests.cases import for_each
 from tests.conftest import Finished, report, run_cli
 
 
@@ -55,12 +57,14 @@ def test_generate_writes_the_video_that_was_asked_for(tmp_path: Path) -> None:
 @pytest.fixture
 def with_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that has instructions for bf16, whatever this one has."""
-    monkeypatch.setattr(cpu, "_ask_onednn", lambda _: True)
+    for module in (cpu, generation):
+        monkeypatch.setattr(module, "computes", lambda _: True)
 
 
 @pytest.fixture
 def without_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_ask_onednn", lambda _: False)
+    for module in (cpu, generation):
+        monkeypatch.setattr(module, "computes", lambda dtype: dtype == torch.float32)
 
 
 @pytest.mark.usefixtures("with_half_precision")
@@ -195,7 +199,7 @@ def test_a_failed_generation_leaves_the_old_video(tmp_path: Path, monkeypatch: p
 # ---------------------------------------------------------------------------------------------------------------- info
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@for_each("name", PRESETS)
 def test_info_of_every_preset(name: str) -> None:
     facts = report(run_cli("info", name, "--json"))
     assert facts["config"] == dict(PRESETS[name])
@@ -265,7 +269,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+@for_each("arguments, message", BAD.values(), ids=BAD)
 def test_bad_requests(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "d.mp4").mkdir()

@@ -230,23 +230,29 @@ def test_impossible_configuration_is_refused_by_field_value_and_remedy(
         TransformerConfig.from_json(tmp_path / "config.json")
 
 
-@for_each("text", ["", "{", "not json", '{"num_layers": }', '\ufeff{"num_layers": 2}', "[" * 100_000, "9" * 5_000])
-def test_a_file_that_is_no_json_is_named(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"config.json: not valid JSON .*: restore the file"):
-        TransformerConfig.from_json(tmp_path / "config.json")
+NO_JSON = [
+    "",
+    "{",
+    "not json",
+    '{"num_layers": }',
+    '\ufeff{"num_layers": 2}',
+    "[" * 100_000,
+    "9" * 5_000,
+    b"\xff\x00{}",
+]
+NO_MAPPING = ["[]", '[{"num_layers": 2}]', "null", "3", '"2b"', "true"]
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes(b"\x80\x02\xff\x00{}")
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        TransformerConfig.from_json(tmp_path / "config.json")
-
-
-@for_each("text", ["[]", '[{"num_layers": 2}]', "null", "3", '"2b"', "true"])
-def test_json_that_is_no_mapping_is_named(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"config.json: got a .*, expected a mapping of the fields"):
+@for_each(
+    "content, words",
+    [
+        *((content, "not valid JSON .*: restore the file") for content in NO_JSON),
+        *((content, "got a .*, expected a mapping of the fields") for content in NO_MAPPING),
+    ],
+)
+def test_a_file_that_is_no_json_or_no_mapping_is_named(content: str | bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=f"config.json: {words}"):
         TransformerConfig.from_json(tmp_path / "config.json")
 
 

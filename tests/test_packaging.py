@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import cogx_fast
+from tests.cases import for_each
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -97,7 +98,7 @@ def test_the_console_script_gives_help(installed):
     assert "usage" in run(installed / "bin" / "cogx-fast", "--help", cwd=installed.parent).lower()
 
 
-@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
+@for_each("python", ["3.10", "3.11", "3.12"])
 def test_the_constraints_pin_every_dependency_once_and_within_its_range(python):
     def requirements(lines):
         parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import io
 
-import pytest
-
 from cogx_fast.terminal import Progress, scaled, table
+from tests.cases import for_each
 
 
 class Terminal(io.StringIO):
@@ -43,8 +42,8 @@ def test_table_is_aligned() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
+@for_each(
+    "value, text",
     [
         (0, "0 B"),
         (999, "999 B"),

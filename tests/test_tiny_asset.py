@@ -15,6 +15,7 @@ import cogx_fast
 from cogx_fast import assets
 from cogx_fast.assets import digits
 from cogx_fast.video import quality
+from tests.cases import for_each
 
 DIRECTORY = Path(assets.__file__).parent / "tiny"
 MOST_BYTES = 16_000_000
@@ -89,11 +90,16 @@ def test_its_vae_keeps_digits_it_has_not_seen(pipe: Any) -> None:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(DIRECTORY, tmp_path / "tiny"))
+    return copied(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model_index.json", "vae/diffusion_pytorch_model.safetensors", assets.CHECKSUMS])
-def test_a_missing_file_is_named_with_the_remedy(name: str, copy: Path) -> None:
+def copied(folder: Path) -> Path:
+    return Path(shutil.copytree(DIRECTORY, folder / "tiny"))
+
+
+@for_each("name", ["model_index.json", "vae/diffusion_pytorch_model.safetensors", assets.CHECKSUMS])
+def test_a_missing_file_is_named_with_the_remedy(name: str, tmp_path: Path) -> None:
+    copy = copied(tmp_path)
     (copy / name).unlink()
     with pytest.raises(assets.AssetError, match=r"missing\. Restore .*git checkout -- cogx_fast/assets/tiny") as error:
         assets.check_pipeline(copy)
@@ -110,7 +116,7 @@ def test_a_damaged_file_is_named_with_the_remedy(copy: Path) -> None:
     assert str(weights) in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["", "nonsense\n", f"{hashlib.sha256(b'').hexdigest()}  other\n"])
+@for_each("content", ["", "nonsense\n", f"{hashlib.sha256(b'').hexdigest()}  other\n"])
 def test_a_damaged_list_is_named(content: str, copy: Path) -> None:
     (copy / assets.CHECKSUMS).write_text(content)
     with pytest.raises(assets.AssetError, match="SHA256SUMS is damaged"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.overrides import TorchFunctionMode
 
 from cogx_fast.attention.attend import RotaryNorm, attend
 from cogx_fast.attention.masks import full_block_mask
 from cogx_fast.model.tables import join_rotary
+from tests.cases import for_each
 from tests.model.pairs import TOLERANCE, call, copy_of, pair
 from tests.support import relative_error
 
@@ -42,8 +45,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
 ON_CPU = ["sdpa", "flex", "sdpa-math"]
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 37, 128, 200])
-@pytest.mark.parametrize("backend", ON_CPU)
+@for_each("tokens", [1, 2, 37, 128, 200], "backend", ON_CPU)
 def test_backend_is_softmax_attention(backend: str, tokens: int) -> None:
     q, k, v = qkv(tokens)
     out = attend(q, k, v, backend=backend)
@@ -51,8 +53,7 @@ def test_backend_is_softmax_attention(backend: str, tokens: int) -> None:
     assert relative_error(out, plain(q, k, v)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ON_CPU)
+@for_each("dtype", [torch.bfloat16, torch.float16], "backend", ON_CPU)
 def test_backend_keeps_the_dtype_and_rounds_little(backend: str, dtype: torch.dtype) -> None:
     q, k, v = qkv(200, dtype=dtype)
     out = attend(q, k, v, backend=backend)
@@ -60,8 +61,7 @@ def test_backend_keeps_the_dtype_and_rounds_little(backend: str, dtype: torch.dt
     assert relative_error(out, plain(q, k, v)) <= 2 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("boolean", [True, False])
-@pytest.mark.parametrize("shape", [(2, 1, 1, 37), (2, 1, 37, 37), (2, 3, 37, 37), (1, 1, 1, 37)])
+@for_each("boolean", [True, False], "shape", [(2, 1, 1, 37), (2, 1, 37, 37), (2, 3, 37, 37), (1, 1, 1, 37)])
 def test_sdpa_takes_masks_that_broadcast(shape: tuple[int, ...], boolean: bool) -> None:
     q, k, v = qkv()
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -76,7 +76,7 @@ def test_flex_takes_a_block_mask() -> None:
     assert relative_error(attend(q, k, v, backend="flex", mask=mask), plain(q, k, v, allowed[None, None])) <= TOLERANCE
 
 
-@pytest.mark.parametrize("tokens", [1, 37, 128, 300])
+@for_each("tokens", [1, 37, 128, 300])
 def test_full_block_mask_hides_nothing_for_any_number_of_tokens(tokens: int) -> None:
     mask = full_block_mask("cpu")
     q, k, v = qkv(tokens)
@@ -102,8 +102,8 @@ def test_model_with_flex_is_the_model_with_sdpa(name: str) -> None:
             flex(**arguments, attention_kwargs={"attention_mask": torch.ones(2, 128)})
 
 
-@pytest.mark.parametrize(
-    ("backend", "mask", "message"),
+@for_each(
+    "backend, mask, message",
     [
         ("sdpa", full_block_mask("cpu"), "'sdpa' takes Tensor, got a BlockMask: choose another"),
         ("flex", torch.ones(1, 1, 1, 37), "'flex' takes BlockMask, got a Tensor: choose another"),
@@ -123,11 +123,15 @@ Tables = tuple[Tensor, Tensor]
 TEXT_LEN = 5
 
 
-@pytest.fixture(params=["eager", "compiled"])
-def formula(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The norm's two formulas, run as they are: the one for eager runs and the one for the compiler."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "compiled")
-    return str(request.param)
+FORMULAS = ("eager", "compiled")
+
+
+def by(formula: str, norm: RotaryNorm) -> Callable[..., Tensor]:
+    """One of the norm's two formulas: that of eager runs, or the one for the compiler, run as it is written."""
+    if formula == "eager":
+        return norm
+    torch.compiler.reset()  # which else has seen too many norms
+    return torch.compile(norm, backend="eager", fullgraph=True)
 
 
 def norm_and_tables(tokens: int = 37) -> tuple[RotaryNorm, Tables]:
@@ -159,41 +163,40 @@ def exactly(x: Tensor, norm: nn.LayerNorm, tables: Tables) -> Tensor:
     return torch.cat([normed[:, :TEXT_LEN], turned], dim=1)
 
 
-@pytest.mark.usefixtures("formula")
-def test_norm_and_rotation_are_upstreams_in_fp32() -> None:
+@for_each("formula", FORMULAS)
+def test_norm_and_rotation_are_upstreams_in_fp32(formula: str) -> None:
     norm, tables = norm_and_tables()
     x = qkv()[1]
-    ours = norm(x, join_rotary(*tables, text_len=TEXT_LEN))
+    ours = by(formula, norm)(x, join_rotary(*tables, text_len=TEXT_LEN))
     assert relative_error(ours, upstreams(x, norm, tables)) <= 1e-6
     assert relative_error(ours, exactly(x, norm, tables)) <= 1e-6
-    assert torch.equal(norm(x, None), F.layer_norm(x, (64,), norm.weight, norm.bias, norm.eps))
+    assert torch.equal(by(formula, norm)(x, None), F.layer_norm(x, (64,), norm.weight, norm.bias, norm.eps))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.usefixtures("formula")
-def test_norm_and_rotation_round_once(dtype: torch.dtype) -> None:
+@for_each("dtype", [torch.bfloat16, torch.float16], "formula", FORMULAS)
+def test_norm_and_rotation_round_once(dtype: torch.dtype, formula: str) -> None:
     """Nearer to the exact result than upstream, which rounds between norm and rotation."""
     norm, tables = norm_and_tables()
     norm.to(dtype)
     x = qkv(dtype=dtype)[1]
     exact = exactly(x, norm, tables)
-    ours = norm(x, join_rotary(*tables, text_len=TEXT_LEN))
+    ours = by(formula, norm)(x, join_rotary(*tables, text_len=TEXT_LEN))
     assert ours.dtype == dtype
     assert relative_error(ours, exact) < 0.9 * relative_error(upstreams(x, norm, tables), exact)
     assert relative_error(ours, exact.to(dtype)) < 0.2 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_both_formulas_of_norm_and_rotation_are_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@for_each("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_both_formulas_of_norm_and_rotation_are_one(dtype: torch.dtype) -> None:
     norm, tables = norm_and_tables()
     norm.to(dtype)
     x, rotary, outs = qkv(dtype=dtype)[1], join_rotary(*tables, text_len=TEXT_LEN), []
-    for compiling in (False, True):
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda value=compiling: value)
+    for formula in FORMULAS:
+        run = by(formula, norm)
         with torch.no_grad():
-            plain = norm(x, rotary)
+            plain = run(x, rotary)
         leaf = x.clone().requires_grad_()
-        out = norm(leaf, rotary)
+        out = run(leaf, rotary)
         grads = torch.autograd.grad(out.float().square().sum(), [leaf, norm.weight, norm.bias])
         outs.append((plain, out.detach(), grads))
     (plain, eager, eager_grads), (compiled, _, compiled_grads) = outs
@@ -206,25 +209,38 @@ def test_both_formulas_of_norm_and_rotation_are_one(dtype: torch.dtype, monkeypa
         assert relative_error(ours, reference) <= max(4 * rounded, TOLERANCE)
 
 
-@pytest.mark.parametrize(("device", "compiling"), [("cpu", False), ("cpu", True), ("meta", False)])
-def test_sdpa_gets_keys_and_values_with_each_heads_rows_together_in_eager_runs_on_the_cpu(
-    device: str, compiling: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Given(TorchFunctionMode):
+    """What SDPA is given."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            self.tensors = args[:3]
+        return function(*args, **(kwargs or {}))
+
+
+def test_sdpa_gets_keys_and_values_with_each_heads_rows_together_in_eager_runs_on_the_cpu() -> None:
     """Its kernel takes a tenth longer otherwise; the output lies as the queries do. Elsewhere nothing is copied."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    plain_sdpa, seen = F.scaled_dot_product_attention, []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.extend(a) or plain_sdpa(*a, **k))
-    product = torch.empty(2, 37, 3, 3, 64, device=device)
-    attend(*product.unbind(2), backend="sdpa")
-    assert [tuple(tensor.shape) for tensor in seen] == 3 * [(2, 3, 37, 64)]
-    assert [tensor.is_contiguous() for tensor in seen] == [False, *2 * [device == "cpu" and not compiling]]
+    for device in ("cpu", "meta"):
+        with Given() as given:
+            attend(*torch.empty(2, 37, 3, 3, 64, device=device).unbind(2), backend="sdpa")
+        assert [tuple(tensor.shape) for tensor in given.tensors] == 3 * [(2, 3, 37, 64)]
+        assert [tensor.is_contiguous() for tensor in given.tensors] == [False, *2 * [device == "cpu"]]
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        (node,) = graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+        seen.extend(each.meta["example_value"] for each in node.args[:3])
+        return graph.forward
+
+    seen: list[Tensor] = []
+    run = torch.compile(lambda qkv: attend(*qkv.unbind(2), backend="sdpa"), backend=look, fullgraph=True)
+    run(torch.empty(2, 37, 3, 3, 64))
+    assert [(tuple(tensor.shape), tensor.is_contiguous()) for tensor in seen] == 3 * [((2, 3, 37, 64), False)]
 
 
-@pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
-@pytest.mark.usefixtures("formula")
-def test_norm_is_stable_for_rows_far_from_zero(offset: float) -> None:
+@for_each("offset", [0.0, 30.0, 1000.0], "formula", FORMULAS)
+def test_norm_is_stable_for_rows_far_from_zero(offset: float, formula: str) -> None:
     norm, tables = norm_and_tables()
     x = qkv()[1] + offset
     exact = exactly(x, norm, tables)
-    ours = relative_error(norm(x, join_rotary(*tables, text_len=TEXT_LEN)), exact)
+    ours = relative_error(by(formula, norm)(x, join_rotary(*tables, text_len=TEXT_LEN)), exact)
     assert ours <= max(1e-6, 1.05 * relative_error(upstreams(x, norm, tables), exact))

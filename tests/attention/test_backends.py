@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask
 
-from cogx_fast.attention import backends
 from cogx_fast.attention.attend import attend
 from cogx_fast.attention.backends import BACKENDS, Backend, get_backend, ready_backend
 from cogx_fast.attention.masks import full_block_mask
 from cogx_fast.runtime.compile import watch_compilation
 from tests.attention.test_attend import plain, qkv
+from tests.cases import for_each
 from tests.support import relative_error
 
 CPU, CUDA, BF16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
@@ -35,8 +35,8 @@ def test_names_are_the_keys_and_only_sage_is_approximate() -> None:
     assert all(backend.install for backend in BACKENDS.values() if backend.module)
 
 
-@pytest.mark.parametrize(
-    ("name", "device", "dtype", "head_dim", "reason"),
+@for_each(
+    "name, device, dtype, head_dim, reason",
     [
         ("sdpa-cudnn", CPU, BF16, 64, "it runs on cuda, and the model is on cpu"),
         ("sdpa-flash", CUDA, torch.float32, 64, "it takes float16 and bfloat16, and the model is in float32"),
@@ -103,14 +103,11 @@ def kernels_allowed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-@pytest.mark.parametrize(
-    ("name", "kernel"),
-    [
-        ("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION), ("sdpa-flash", SDPBackend.FLASH_ATTENTION),
-        ("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION), ("sdpa-math", SDPBackend.MATH),
-        ("fa3", SDPBackend.FLASH_ATTENTION), ("fa4", SDPBackend.FLASH_ATTENTION),
-    ],
-)  # fmt: skip
+@for_each("name, kernel", [
+    ("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION), ("sdpa-flash", SDPBackend.FLASH_ATTENTION),
+    ("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION), ("sdpa-math", SDPBackend.MATH),
+    ("fa3", SDPBackend.FLASH_ATTENTION), ("fa4", SDPBackend.FLASH_ATTENTION),
+])  # fmt: skip
 def test_a_pinned_backend_allows_its_kernel_alone(
     name: str, kernel: SDPBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +125,7 @@ def test_sdpa_leaves_the_kernel_to_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == [before]
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "sdpa-math", "flex"])
+@for_each("backend", ["sdpa", "sdpa-math", "flex"])
 def test_a_backend_is_traced_as_one_graph(backend: str) -> None:
     q, k, v = qkv(40)
     mask = full_block_mask("cpu") if BACKENDS[backend].masks is BlockMask else None
@@ -168,7 +165,7 @@ def flash_slot(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every optional package were there."""
-    monkeypatch.setattr(backends, "_is_installed", lambda module: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
 
 
 @pytest.mark.usefixtures("hopper", "packages")
@@ -193,7 +190,8 @@ def test_sage_is_one_operator_in_the_models_own_layout(monkeypatch: pytest.Monke
     package = types.ModuleType("sageattention")
     package.sageattn = sageattn  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sageattention", package)
-    backends._register_sage()
+    prepare: Any = BACKENDS["sage"].prepare
+    prepare()
     q, k, v = qkv(40)
     compiled = torch.compile(lambda *qkv: attend(*qkv, backend="sage"), fullgraph=True)
     for run in (lambda *qkv: attend(*qkv, backend="sage"), compiled):

@@ -17,6 +17,7 @@ from cogx_fast.attention.windows import block_boxes, kept_blocks, token_order
 from cogx_fast.model.tables import Grid
 from tests.attention.test_attend import plain, qkv
 from tests.attention.test_windows import ODD, PATTERNS
+from tests.cases import for_each
 from tests.model.pairs import TOLERANCE
 from tests.support import relative_error
 
@@ -44,8 +45,7 @@ def compiled() -> Callable[..., Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("how", ["compiled", "eager"])
-@pytest.mark.parametrize(("grid", "text_len"), GRIDS)
+@for_each("how", ["compiled", "eager"], "grid, text_len", GRIDS)
 def test_flex_is_the_masked_softmax_for_every_pattern(
     grid: Grid, text_len: int, how: str, compiled: Callable[..., Tensor]
 ) -> None:
@@ -62,7 +62,7 @@ def test_flex_is_the_masked_softmax_for_every_pattern(
     assert relative_error(out, dense) > 0.01
 
 
-@pytest.mark.parametrize(("grid", "tile", "text_len", "block"), ODD)
+@for_each("grid, tile, text_len, block", ODD)
 def test_counted_pairs_are_those_of_the_elements(grid: Grid, tile: tuple[int, int], text_len: int, block: int) -> None:
     blocks, elements = masks(grid, text_len, tile, block)
     for pattern, (keep, counts, columns) in enumerate(zip(elements, *blocks[:2], strict=True)):

@@ -19,8 +19,9 @@ from cogx_fast.config import PRESETS
 from cogx_fast.runtime.compile import CompileConfig, compile_model, uncompile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.sizes import count_tokens, default_video
+from tests.cases import for_each
 from tests.model.pairs import copy_of, lively_upstream
-from tests.support import AROUND, RELEASED, inputs, pipeline_rotary, relative_error, small
+from tests.support import AROUND, RELEASED, inputs, pipeline_rotary, predict, relative_error, small
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -36,12 +37,6 @@ def models(name: str = "5b", **changes: Any) -> tuple[CogVideoXModel, CogVideoXM
     config = small(name, **changes)
     theirs = lively_upstream(config)
     return copy_of(theirs, config, attention="flex").eval(), copy_of(theirs, config).eval()
-
-
-def call(model: CogVideoXModel, arguments: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        output: Tensor = model(**arguments, return_dict=False)[0]
-    return output
 
 
 def at(arguments: dict[str, Any], timestep: int) -> dict[str, Any]:
@@ -60,21 +55,18 @@ def written_out(plan: AttentionPlan, model: CogVideoXModel, arguments: dict[str,
     return torch.stack(heads * batch)
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@for_each("name", RELEASED)
 def test_order_of_tokens_changes_nothing_without_a_mask(name: str) -> None:
     planned, plain = models(name)
     planned.set_attention_plan(AttentionPlan(patterns=(FULL,), choice=((0,),) * 2, block_size=16, tile=(2, 3)))
     arguments = inputs(plain.config)
-    expected = call(plain, arguments)
-    assert relative_error(call(planned, arguments), expected) <= 1e-5
+    expected = predict(plain, arguments)
+    assert relative_error(predict(planned, arguments), expected) <= 1e-5
     given = arguments | {"image_rotary_emb": pipeline_rotary(plain.config, arguments["hidden_states"])}
-    assert relative_error(call(planned, given), expected) <= 1e-5
+    assert relative_error(predict(planned, given), expected) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "size", [{}, {"frames": 6, "height": 10, "width": 14, "text_len": 5}], ids=["own", "other grid"]
-)
-@pytest.mark.parametrize("name", ["2b", "5b", "1.5-5b"])
+@for_each("size", [{}, {"frames": 6, "height": 10, "width": 14, "text_len": 5}], "name", ["2b", "5b", "1.5-5b"])
 def test_a_planned_model_is_the_model_with_the_mask_written_out(name: str, size: dict[str, int]) -> None:
     """Also on another grid: the windows there are those of that grid."""
     planned, plain = models(name)
@@ -82,9 +74,9 @@ def test_a_planned_model_is_the_model_with_the_mask_written_out(name: str, size:
     arguments = at(inputs(plain.config, **size), 500)
     mask = written_out(FEW, plain, arguments)
     assert 0.2 < mask.double().mean() < 0.9
-    expected = call(plain, arguments | {"attention_kwargs": {"attention_mask": mask}})
-    assert relative_error(call(planned, arguments), expected) <= 1e-5
-    assert relative_error(call(plain, arguments), expected) > 1e-3
+    expected = predict(plain, arguments | {"attention_kwargs": {"attention_mask": mask}})
+    assert relative_error(predict(planned, arguments), expected) <= 1e-5
+    assert relative_error(predict(plain, arguments), expected) > 1e-3
 
 
 def test_first_steps_are_dense() -> None:
@@ -92,20 +84,20 @@ def test_first_steps_are_dense() -> None:
     planned.set_attention_plan(FEW)
     arguments = inputs(plain.config)
     for timestep, is_dense in [(999, True), (700, True), (699, False), (0, False)]:
-        error = relative_error(call(planned, at(arguments, timestep)), call(plain, at(arguments, timestep)))
+        error = relative_error(predict(planned, at(arguments, timestep)), predict(plain, at(arguments, timestep)))
         assert (error <= 1e-5) == is_dense, timestep
     mixed = arguments | {"timestep": torch.tensor([900, 10])}  # one that needs it is enough
-    assert relative_error(call(planned, mixed), call(plain, mixed)) <= 1e-5
+    assert relative_error(predict(planned, mixed), predict(plain, mixed)) <= 1e-5
 
 
 def test_one_graph_from_dense_to_sparse_over_layers_and_heads() -> None:
     planned, plain = models(num_layers=3)
     planned.set_attention_plan(dataclasses.replace(FEW, choice=((1, 2), (2, 0), (0, 1))))
     calls = [at(inputs(plain.config, seed=seed), timestep) for seed, timestep in enumerate([999, 800, 600, 20])]
-    expected = [call(planned, arguments) for arguments in calls]
+    expected = [predict(planned, arguments) for arguments in calls]
     compile_model(planned, CompileConfig())
     with watch_compilation() as stats:
-        outputs = [call(planned, arguments) for arguments in calls]
+        outputs = [predict(planned, arguments) for arguments in calls]
     assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
     for output, right in zip(outputs, expected, strict=True):
         assert relative_error(output, right) <= 1e-5
@@ -116,10 +108,10 @@ def test_the_whole_model_is_one_graph_too() -> None:
     planned, plain = models()
     planned.set_attention_plan(FEW)
     calls = [at(inputs(plain.config, batch=1), timestep) for timestep in (999, 20)]
-    expected = [call(planned, arguments) for arguments in calls]
+    expected = [predict(planned, arguments) for arguments in calls]
     compile_model(planned, CompileConfig(scope="model"))
     with watch_compilation() as stats:
-        outputs = [call(planned, arguments) for arguments in calls]
+        outputs = [predict(planned, arguments) for arguments in calls]
     assert (stats.graphs, stats.breaks, stats.recompiles) == (1, 0, 0)
     for output, right in zip(outputs, expected, strict=True):
         assert relative_error(output, right) <= 1e-5
@@ -196,8 +188,8 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
+@for_each(
+    "old, new, message",
     [
         ("format = 1", "format = 2", "format is 2, expected 1"),
         ("format = 1", "", "format is None"),
@@ -265,10 +257,10 @@ def test_a_plan_needs_a_backend_with_block_masks_and_no_other_mask() -> None:
     planned.set_attention_plan(FEW)
     arguments = inputs(plain.config)
     with pytest.raises(ValueError, match="an attention plan is set, which is a mask"):
-        call(planned, arguments | {"attention_kwargs": {"attention_mask": torch.ones(2, 128)}})
+        predict(planned, arguments | {"attention_kwargs": {"attention_mask": torch.ones(2, 128)}})
     planned.set_attention_backend("sdpa")
     with pytest.raises(ValueError, match="'sdpa' takes Tensor, got a BlockMask"):
-        call(planned, arguments)
+        predict(planned, arguments)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -306,18 +298,18 @@ def test_a_compiled_plan_on_a_gpu_is_the_mask_written_out(name: str) -> None:
     arguments = at(inputs(plain.config, batch=1, frames=7), 500)
     mask = written_out(dataclasses.replace(plan, choice=tuple(row * 2 for row in plan.choice)), plain, arguments)
     assert mask.double().mean() < 0.9
-    exact = call(plain, arguments | {"attention_kwargs": {"attention_mask": mask}})
+    exact = predict(plain, arguments | {"attention_kwargs": {"attention_mask": mask}})
     planned.to("cuda", torch.bfloat16).set_attention_plan(plan)
     compile_model(planned, CompileConfig())
     half = {key: value.cuda() for key, value in arguments.items()}
     half |= {key: half[key].bfloat16() for key in ("hidden_states", "encoder_hidden_states")}
     with watch_compilation() as stats:
-        call(planned, half | {"timestep": torch.tensor([999], device="cuda")})
-        output = call(planned, half)
+        predict(planned, half | {"timestep": torch.tensor([999], device="cuda")})
+        output = predict(planned, half)
     assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
     assert relative_error(output.cpu(), exact) <= 0.03
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call(planned, half)
+        predict(planned, half)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -10,6 +10,7 @@ import torch
 
 from cogx_fast.attention.windows import KINDS, Pattern, block_boxes, kept_blocks, token_order
 from cogx_fast.model.tables import Grid
+from tests.cases import for_each
 
 ODD: list[tuple[Grid, tuple[int, int], int, int]] = [  # grid, tile, text tokens, block size
     ((5, 7, 9), (2, 4), 11, 16),
@@ -44,7 +45,7 @@ def within_reach(pattern: Pattern, a: tuple[int, int, int], b: tuple[int, int, i
     }[pattern.kind]
 
 
-@pytest.mark.parametrize(("grid", "tile", "text_len", "block"), ODD)
+@for_each("grid, tile, text_len, block", ODD)
 def test_order_and_its_inverse(grid: Grid, tile: tuple[int, int], text_len: int, block: int) -> None:
     order = token_order(grid, tile)
     assert sorted(order.order_V.tolist()) == list(range(math.prod(grid)))
@@ -61,8 +62,7 @@ def test_any_run_of_a_block_is_a_small_box() -> None:
         assert extent.amax(0).tolist() <= [4, 15, 23]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize(("grid", "tile", "text_len", "block"), ODD)
+@for_each("pattern", PATTERNS, "grid, tile, text_len, block", ODD)
 def test_a_block_is_kept_if_and_only_if_its_box_is_within_reach(
     pattern: Pattern, grid: Grid, tile: tuple[int, int], text_len: int, block: int
 ) -> None:
@@ -94,8 +94,8 @@ def test_windows_leave_something_out_and_differ() -> None:
     assert all(torch.equal(keep, keep.T) and bool(keep.diagonal().all()) for keep in kept.values())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
+@for_each(
+    "arguments, message",
     [
         ({"kind": "diagonal"}, "'diagonal', expected one of full, radial, tiles, spatial, temporal"),
         ({"kind": "full", "space": 0.5}, "'full' takes no space"),

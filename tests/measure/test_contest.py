@@ -14,6 +14,7 @@ import torch
 from cogx_fast.cli.bench import verdict
 from cogx_fast.measure import timing
 from cogx_fast.model import layers
+from tests.cases import for_each
 from tests.clock import work_for_time
 from tests.conftest import report, run_cli
 
@@ -66,8 +67,8 @@ def test_a_slower_path_fails_and_the_report_is_still_one_object(
     assert facts["ratio"]["median"] > facts["baseline"]["limit"]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "word"),
+@for_each(
+    "low, high, word",
     [
         (0.80, 0.90, "as fast"),
         (0.771, 1.120, "cannot tell"),  # a median of 0.950 over a limit of 0.905
@@ -90,8 +91,8 @@ def test_what_cannot_be_told_is_no_failure(baseline: Path, monkeypatch: pytest.M
     assert "SLOWER" not in finished.out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
+@for_each(
+    "arguments, message",
     [
         (("bench",), "no model is named"),
         (("bench", "--against", "{tmp}/none.json"), "No such file"),
@@ -172,6 +173,6 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
     assert 88 <= covered <= 100
 
 
-@pytest.mark.parametrize(("share", "value"), [(0, 1), (0.5, 2.5), (1, 4), (0.2, 1.6)])
+@for_each("share, value", [(0, 1), (0.5, 2.5), (1, 4), (0.2, 1.6)])
 def test_percentiles(share: float, value: float) -> None:
     assert timing.percentile([4, 1, 3, 2], share) == pytest.approx(value)

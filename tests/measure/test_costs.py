@@ -14,6 +14,7 @@ from cogx_fast import sizes
 from cogx_fast.config import PRESETS, TransformerConfig
 from cogx_fast.measure import costs
 from cogx_fast.runtime.module import CogVideoXModel
+from tests.cases import for_each
 from tests.support import RELEASED, inputs, small
 
 VARIATIONS: dict[str, dict[str, Any]] = {
@@ -33,7 +34,7 @@ def _upstream_parameters(config: TransformerConfig) -> tuple[int, int]:
     return model.num_parameters(), sum(tensor.numel() for tensor in model.state_dict().values())
 
 
-@pytest.mark.parametrize("name", [*RELEASED, "tiny"])
+@for_each("name", [*RELEASED, "tiny"])
 def test_parameters_are_those_of_upstream_at_full_size(name: str) -> None:
     config = PRESETS[name]
     parameters, stored = _upstream_parameters(config)
@@ -42,8 +43,7 @@ def test_parameters_are_those_of_upstream_at_full_size(name: str) -> None:
     assert costs.memory(config)["bf16/fp16"] == 2 * stored
 
 
-@pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
-@pytest.mark.parametrize("name", ["5b", "1.5-5b-i2v"])
+@for_each("changes", VARIATIONS.values(), "name", ["5b", "1.5-5b-i2v"])
 def test_parameters_with_every_option(name: str, changes: dict[str, Any]) -> None:
     config = small(name, **changes)
     assert sum(costs.count_parameters(config).values()) == _upstream_parameters(config)[0]
@@ -75,8 +75,8 @@ def test_the_5b_has_the_published_size() -> None:
     assert round(parameters["modulation"] / 1e9, 2) == 0.80  # 0.79 in the blocks
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens", "grid"),
+@for_each(
+    "name, tokens, grid",
     [
         ("2b", 17_776, (13, 30, 45)),
         ("5b", 17_776, (13, 30, 45)),
@@ -92,9 +92,10 @@ def test_tokens_of_the_default_video(name: str, tokens: int, grid: tuple[int, in
     assert (counted.joint, counted.grid) == (tokens, grid)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(
-    ("name", "changes"),
+@for_each(
+    "batch",
+    [1, 2],
+    "name, changes",
     [(name, {}) for name in (*RELEASED, "tiny")] + [("5b", changes) for changes in VARIATIONS.values()],
 )
 def test_flops_are_those_that_torch_counts(name: str, changes: dict[str, Any], batch: int) -> None:
@@ -123,8 +124,8 @@ def test_quantized_linears_take_about_half() -> None:
     assert 0.5 < sizes[costs.QUANTIZED] / sizes["bf16/fp16"] < 0.6
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "message"),
+@for_each(
+    "name, size, message",
     [
         ("5b", (49, 481, 720), "height is 481, expected a multiple of 16 pixels: use 480 or 496"),
         ("5b", (49, 480, 0), "width is 0, expected a multiple of 16 pixels: use 16"),

@@ -22,6 +22,7 @@ from cogx_fast.runtime.compile import compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.step_cache import Step, StepCache
 from cogx_fast.runtime.step_schedule import StepSchedule
+from tests.cases import for_each
 from tests.conftest import report, run_cli
 from tests.runtime import generations
 from tests.support import inputs, small
@@ -301,8 +302,8 @@ def test_the_command_with_a_recipe(tmp_path: Path) -> None:
     assert told["weights"]["Int8Tensor"] > 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
+@for_each(
+    "arguments, words",
     [
         (("nothing",), "no preset"),
         (("5b", "--height", "481"), "multiple of 16 pixels"),

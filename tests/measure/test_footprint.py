@@ -9,6 +9,7 @@ import sympy
 
 from cogx_fast.measure.explain import footprint
 from cogx_fast.measure.explain.footprint import TooManyOffsets, offsets, union
+from tests.cases import for_each
 
 a, b, c = sympy.symbols("a b c", integer=True, nonnegative=True)
 FloorDiv, ModularIndexing = sympy.Function("FloorDiv"), sympy.Function("ModularIndexing")
@@ -46,7 +47,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("index", "sizes"), CASES)
+@for_each("index, sizes", CASES)
 def test_offsets_are_those_of_trying_every_point(index: sympy.Expr, sizes: dict[sympy.Symbol, int]) -> None:
     found = offsets(index, sizes)
     expected = _tried(index, sizes)
@@ -60,7 +61,7 @@ def test_a_union_counts_what_is_common_once() -> None:
     assert len(both.written_out().starts) == 5
 
 
-@pytest.mark.parametrize("moved", [0, 1, 2, 4, 7, 10, 29, 100])
+@for_each("moved", [0, 1, 2, 4, 7, 10, 29, 100])
 def test_a_union_is_that_of_its_elements(moved: int) -> None:
     """Also where one lies in the other's gaps, reaches into its repetitions or is repeated otherwise."""
     sizes = {a: 3, b: 4, c: 2}

@@ -23,6 +23,7 @@ from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.step_schedule import StepSchedule
 from cogx_fast.runtime.step_schedule_file import write_schedule
 from cogx_fast.runtime.streaming import HostPart
+from tests.cases import for_each
 from tests.conftest import report, run_cli
 from tests.support import RELEASED, inputs
 
@@ -45,8 +46,7 @@ def _seconds(name: str, device: Any = H100, group: str = "", **options: Any) -> 
 # ---------------------------------------------------------------------------------------------------------- operations
 
 
-@pytest.mark.parametrize("name", RELEASED)
-@pytest.mark.parametrize("owner", ["ours", "diffusers"])
+@for_each("name", RELEASED, "owner", ["ours", "diffusers"])
 def test_operations_are_those_that_torch_counts_at_full_size(name: str, owner: str) -> None:
     from diffusers import CogVideoXTransformer3DModel
 
@@ -77,7 +77,7 @@ def test_the_share_of_the_scores_that_is_kept_is_the_share_of_the_work() -> None
 # --------------------------------------------------------------------------------------------------------------- bytes
 
 
-@pytest.mark.parametrize("name", ["2b", "5b", "1.5-5b"])
+@for_each("name", ["2b", "5b", "1.5-5b"])
 def test_generated_code_moves_what_the_floor_says_and_little_more(name: str) -> None:
     with CODEGEN.open() as file:
         recorded = {(row["case"], row["metric"]): row["value"] for row in csv.DictReader(file)}
@@ -99,7 +99,7 @@ def test_the_5b_block_is_33_passes_over_the_stream() -> None:
     assert (moved - weights) / stream == pytest.approx(33, abs=0.01)
 
 
-@pytest.mark.parametrize("scheme", [name for name in roofline.SCHEMES if name != roofline.UNQUANTIZED])
+@for_each("scheme", [name for name in roofline.SCHEMES if name != roofline.UNQUANTIZED])
 def test_quantized_linears_move_less(scheme: str) -> None:
     before, after = (sum(part.bytes for part in _parts("5b", scheme=s)) for s in (roofline.UNQUANTIZED, scheme))
     assert after < before
@@ -111,7 +111,7 @@ def test_schemes_are_called_as_the_recipes_that_are_shipped() -> None:
     assert set(roofline.SCHEMES) - {roofline.UNQUANTIZED} <= set(quant.recipe_names())
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "int8-weight-only", "fp8-weight-only"])
+@for_each("scheme", ["bf16", "int8-weight-only", "fp8-weight-only"])
 def test_a_streamed_blocks_bytes_are_those_of_the_real_one(scheme: str) -> None:
     config = dataclasses.replace(PRESETS["5b"], num_layers=1, num_attention_heads=12, time_embed_dim=32)
     model = CogVideoXModel(config).bfloat16()
@@ -139,8 +139,8 @@ def test_a_copy_hides_where_it_takes_less_than_a_block_computes_and_else_sets_th
 # --------------------------------------------------------------------------------------------------------------- times
 
 
-@pytest.mark.parametrize(
-    ("name", "attention", "linear", "bf16", "fp8"),
+@for_each(
+    "name, attention, linear, bf16, fp8",
     [("2b", 146, 94, 0.30, 0.25), ("5b", 326, 338, 0.83, 0.63), ("1.5-5b", 2100, 858, 3.70, 3.20)],
 )
 def test_floors_at_reachable_rates_are_the_published_ones(
@@ -256,8 +256,8 @@ def test_measured_ceilings_take_the_place_of_stated_ones(tmp_path: Path) -> None
     assert measured["device"]["source"].startswith("measured bf16")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
+@for_each(
+    "arguments, message",
     [
         (("--device", "a100", "--quant", "fp8-dynamic"), "states no peak for 'fp8'"),
         (("--device", "h100", "--gpus", "7"), "7 GPUs cannot share a batch of 2 and 48 heads: use one of 2, 3, 4"),

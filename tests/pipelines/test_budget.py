@@ -27,6 +27,7 @@ from cogx_fast.pipelines.budget import (
 from cogx_fast.pipelines.memory import estimate, released
 from cogx_fast.sizes import Tokens, count_tokens, default_video
 from quant.apply import recipe_of
+from tests.cases import for_each
 from tests.conftest import report, run_cli
 from tests.pipes import make_pipe
 
@@ -44,7 +45,7 @@ def test_a_budget_is_read_or_named() -> None:
             cogx_fast.accelerate(None, memory="12GB")
 
 
-@pytest.mark.parametrize("options", [{}, {"quant": None}, {"quant": "int8-weight-only"}], ids=str)
+@for_each("options", [{}, {"quant": None}, {"quant": "int8-weight-only"}])
 def test_an_impossible_budget_leaves_the_pipeline_as_it_was(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

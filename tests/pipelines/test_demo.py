@@ -126,7 +126,7 @@ def test_it_says_why_int8_is_not_for_this_cpu(has_products: bool, monkeypatch: p
         quantized = column("int8", setting=Setting(quant="int8-dynamic"), seconds_per_step=int8)
         result = DemoResult(columns=(column("diffusers"), quantized), rounds=1, files={}, warnings=())
         request = Request(prompt="a six", size=VideoSize(frames=17, height=64, width=64))
-        monkeypatch.setattr(module, "_where", lambda *_: device)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
         return module.render(result, request, device=torch.device(device))
 
     monkeypatch.setattr(module, "has_int8_products", lambda: has_products)

@@ -9,6 +9,7 @@ import torch
 
 from cogx_fast.config import PRESETS
 from cogx_fast.model import cpu
+from cogx_fast.pipelines import generation
 from cogx_fast.pipelines.generation import (
     Request,
     Run,
@@ -22,6 +23,7 @@ from cogx_fast.pipelines.generation import (
 )
 from cogx_fast.pipelines.locate import locate_pipeline
 from cogx_fast.sizes import VideoSize
+from tests.cases import for_each
 
 REQUEST = Request(prompt="a seven", size=VideoSize(frames=1, height=64, width=64), steps=2)
 
@@ -47,9 +49,7 @@ def test_the_same_request_gives_the_same_video(pipe: Any, first: Run) -> None:
     assert np.array_equal(run_pipeline(pipe, REQUEST).frames, first.frames)
 
 
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"guidance": 1.0}, {"negative_prompt": "a six"}, {"steps": 3}, {"prompt": "a six"}], ids=str
-)
+@for_each("change", [{"seed": 1}, {"guidance": 1.0}, {"negative_prompt": "a six"}, {"steps": 3}, {"prompt": "a six"}])
 def test_everything_in_a_request_counts(pipe: Any, first: Run, change: dict[str, Any]) -> None:
     assert not np.array_equal(run_pipeline(pipe, dataclasses.replace(REQUEST, **change)).frames, first.frames)
 
@@ -61,7 +61,7 @@ def test_latents_alone_and_every_step_is_reported(pipe: Any) -> None:
     assert done == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@for_each("name", PRESETS)
 def test_fp16_is_warned_of_where_it_overflows(name: str) -> None:
     warning = overflow_warning(PRESETS[name], torch.float16)
     assert (warning is not None) == (name not in ("2b", "tiny"))
@@ -91,7 +91,9 @@ def test_diffusers_transformer_can_be_had_too(monkeypatch: pytest.MonkeyPatch) -
 
 def test_fp32_stands_in_for_what_the_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cpu_device = locate_pipeline("tiny"), torch.device("cpu")
-    monkeypatch.setattr(cpu, "_ask_onednn", lambda dtype: dtype == torch.float16)
+    lacking = torch.bfloat16
+    for module in (cpu, generation):
+        monkeypatch.setattr(module, "computes", lambda dtype: dtype != lacking)
     for setting in (Setting(), Setting(transformer="diffusers")):
         assert "no bf16 instructions" in str(dtype_warning(model, setting, cpu_device))
         assert open_pipeline(model, setting, device=cpu_device).transformer.dtype == torch.float32
@@ -99,7 +101,7 @@ def test_fp32_stands_in_for_what_the_cpu_lacks(monkeypatch: pytest.MonkeyPatch) 
     assert dtype_warning(remote, Setting(), cpu_device) is not None
     assert dtype_warning(model, Setting(dtype=torch.bfloat16), cpu_device) is None
     assert dtype_warning(model, Setting(), torch.device("cuda")) is None
-    monkeypatch.setattr(cpu, "_ask_onednn", lambda dtype: dtype == torch.bfloat16)
+    lacking = torch.float16
     assert dtype_warning(model, Setting(), cpu_device) is None
     assert open_pipeline(model, Setting(), device=cpu_device).transformer.dtype == torch.bfloat16
 

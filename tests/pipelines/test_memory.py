@@ -17,6 +17,7 @@ from cogx_fast.measure.costs import memory
 from cogx_fast.pipelines.memory import Needs, choose, phases
 from cogx_fast.pipelines.peaks import decode_peak, step_peak
 from cogx_fast.sizes import count_tokens, default_video
+from tests.cases import for_each
 
 GIB = 1 << 30
 TEXT_ENCODER, VAE = 8.87, 0.41
@@ -60,8 +61,8 @@ def test_peaks_are_those_that_torchs_allocator_counted() -> None:
             assert size / GIB == pytest.approx(expected, rel=0.05), preset
 
 
-@pytest.mark.parametrize(
-    ("preset", "gib", "kind", "tiled"),
+@for_each(
+    "preset, gib, kind, tiled",
     [
         ("5b", 8, "sequential", True),  # the text encoder alone has more
         ("5b", 12, "blocks", True),
@@ -90,8 +91,7 @@ def test_more_memory_is_never_laid_out_slower() -> None:
     assert kinds == sorted(kinds)
 
 
-@pytest.mark.parametrize("kind", ["none", "model", "blocks", "sequential"])
-@pytest.mark.parametrize("tiled", [False, True])
+@for_each("kind", ["none", "model", "blocks", "sequential"], "tiled", [False, True])
 def test_what_is_asked_for_is_done(kind: str, tiled: bool) -> None:
     for gib in (8, 80):
         chosen = choose(needs("5b"), gib * GIB, kind=kind, vae_tiling=tiled)

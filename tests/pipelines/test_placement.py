@@ -15,6 +15,7 @@ import cogx_fast
 from cogx_fast.runtime.attached import AttachedError
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.video.quality import psnr
+from tests.cases import for_each
 from tests.pipes import generate, make_pipe
 
 CPU = torch.device("cpu")
@@ -33,6 +34,10 @@ def expected(original: Any) -> Any:
 
 @pytest.fixture
 def pipe(original: Any) -> Any:
+    return copy_of(original)
+
+
+def copy_of(original: Any) -> Any:
     copied = {name: copy.deepcopy(part) for name, part in original.components.items()}
     other = type(original)(**copied)
     other.set_progress_bar_config(disable=True)
@@ -98,8 +103,9 @@ def state(pipe: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("way", PLACED)
-def test_the_pipeline_works_and_stays_placed(way: str, pipe: Any, expected: Any) -> None:
+@for_each("way", PLACED)
+def test_the_pipeline_works_and_stays_placed(way: str, original: Any, expected: Any) -> None:
+    pipe = copy_of(original)
     PLACED[way](pipe)
     before = {name: type(vars(part).get("_hf_hook")).__name__ for name, part in parts(pipe).items()}
     others = {name: value for name, value in state(pipe).items() if not name.startswith(("transformer", "hooks"))}
@@ -139,11 +145,9 @@ FAILING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", [*PLACED, "not at all"])
-@pytest.mark.parametrize("options", FAILING.values(), ids=FAILING)
-def test_after_an_error_the_pipeline_is_exactly_as_before(
-    way: str, options: dict[str, Any], pipe: Any, expected: Any
-) -> None:
+@for_each("way", [*PLACED, "not at all"], "options", FAILING.values())
+def test_after_an_error_the_pipeline_is_exactly_as_before(way: str, options: dict[str, Any], original: Any) -> None:
+    pipe = copy_of(original)
     PLACED.get(way, lambda _: None)(pipe)
     before = state(pipe)
     with pytest.raises((ValueError, OSError)):
@@ -184,7 +188,7 @@ def test_compiling_with_hooks_on_every_module_is_refused_at_once(pipe: Any, expe
 # -- what cannot be kept -----------------------------------------------------------------------------------------------
 
 
-def spread(pipe: Any) -> None:
+def spread(pipe: Any, _: Any) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     add_hook_to_module(pipe.transformer.patch_embed, AlignDevicesHook("cpu"))
@@ -197,7 +201,7 @@ def disk(pipe: Any, folder: Any) -> None:
     disk_offload(pipe.transformer, folder, CPU)
 
 
-def own_hook(pipe: Any) -> None:
+def own_hook(pipe: Any, _: Any) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     class Mine(ModelHook):
@@ -206,30 +210,29 @@ def own_hook(pipe: Any) -> None:
     add_hook_to_module(pipe.transformer.proj_out, Mine())
 
 
-def test_placements_that_cannot_be_kept_are_named(pipe: Any, tmp_path: Any) -> None:
-    own_hook(pipe)
+KEPT_BY_NONE: dict[str, tuple[Callable[[Any, Any], None], str]] = {
+    "a hook of the user's": (own_hook, r"Mine on proj_out.*remove_hook_from_module"),
+    "several devices": (spread, r"spreads it over cpu, meta"),
+    "the disk": (disk, r"offloads it to the disk"),
+}
+
+
+@for_each("place, words", KEPT_BY_NONE.values(), ids=KEPT_BY_NONE)
+def test_placements_that_cannot_be_kept_are_named(
+    place: Callable[[Any, Any], None], words: str, original: Any, tmp_path: Any
+) -> None:
+    pipe = copy_of(original)
+    place(pipe, tmp_path)
     before = state(pipe)
-    with pytest.raises(AttachedError, match=r"Mine on proj_out.*remove_hook_from_module"):
+    with pytest.raises(AttachedError, match=words):
         cogx_fast.accelerate(pipe)
     assert state(pipe) == before
 
 
-def test_a_model_on_several_devices_is_named(pipe: Any) -> None:
-    spread(pipe)
-    with pytest.raises(AttachedError, match=r"spreads it over cpu, meta"):
-        cogx_fast.accelerate(pipe)
-
-
-def test_a_model_on_the_disk_is_named(pipe: Any, tmp_path: Any) -> None:
-    disk(pipe, tmp_path)
-    with pytest.raises(AttachedError, match=r"offloads it to the disk"):
-        cogx_fast.accelerate(pipe)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("way", ["balanced", "model offload", "sequential"])
-def test_a_patch_under_or_over_the_placement_is_found(way: str, when: str, pipe: Any) -> None:
+@for_each("when", ["before", "after"], "way", ["balanced", "model offload", "sequential"])
+def test_a_patch_under_or_over_the_placement_is_found(way: str, when: str, original: Any) -> None:
     """accelerate keeps the forward it finds under its own, where nothing shows it."""
+    pipe = copy_of(original)
 
     def patch() -> None:
         before = pipe.transformer.forward

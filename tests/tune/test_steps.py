@@ -19,6 +19,7 @@ from cogx_fast.runtime.step_schedule import Given, StepCacheError, StepSchedule
 from cogx_fast.runtime.step_schedule_file import read_schedule
 from cogx_fast.sizes import choose_video
 from cogx_fast.tune.steps import _choose, _fit, find_schedule, run_latents
+from tests.cases import for_each
 from tests.conftest import report, run_cli
 
 STEPS = 24
@@ -121,7 +122,7 @@ def test_weights_are_the_nearest_sum_of_what_was_kept() -> None:
     assert _fit(products, 4, [3])[0] == pytest.approx([1.0])
 
 
-@pytest.mark.parametrize("speedup", [1.0, 0.5, 100.0])
+@for_each("speedup", [1.0, 0.5, 100.0])
 def test_what_cannot_be_is_refused(pipe: Any, speedup: float) -> None:
     with pytest.raises(StepCacheError, match="speedup"):
         find_schedule(pipe, [request(pipe, "a", steps=6)], speedup=speedup)

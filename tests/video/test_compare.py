@@ -13,6 +13,7 @@ import pytest
 from cogx_fast.assets import CHECKSUMS, tiny_pipeline_dir
 from cogx_fast.video import compare, plots, quality
 from cogx_fast.video.files import read_video, write_video
+from tests.cases import for_each
 from tests.conftest import Finished, report, run_cli
 
 CLIP = np.random.default_rng(0).integers(40, 200, (9, 32, 48, 3), dtype=np.uint8)
@@ -69,7 +70,7 @@ def test_differences_are_made_visible() -> None:
     assert compare.difference(one / np.float32(255), CLIP)[0].max() == 64
 
 
-@pytest.mark.parametrize(
+@for_each(
     "figures",
     [[(30.0, 0.9)], [(np.inf, 1.0)] * 3, [(np.inf, 1.0), (40.0, 0.99), (30.0, 0.5)], [(30.0, 0.9)] * 2, [(0.0, -0.1)]],
 )
@@ -79,7 +80,7 @@ def test_frames_are_drawn(figures: list[tuple[float, float]]) -> None:
     assert np.asarray(picture).std() > 5
 
 
-@pytest.mark.parametrize("psnr", [(np.inf,), (np.inf, 30.0), (60.0, 30.0)])
+@for_each("psnr", [(np.inf,), (np.inf, 30.0), (60.0, 30.0)])
 def test_speed_is_drawn(psnr: tuple[float, ...]) -> None:
     points = [plots.Point(name=f"way {i}", steps_per_second=5.0 + i, psnr_db=value) for i, value in enumerate(psnr)]
     reference = plots.Point(name="diffusers", steps_per_second=5.0, psnr_db=np.inf)
@@ -158,7 +159,7 @@ WRONG = {
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # imageio-ffmpeg: pipes left to the garbage collector
-@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+@for_each("arguments, message", WRONG.values(), ids=WRONG)
 def test_what_cannot_be_compared(arguments: tuple[str, ...], message: str, videos: Path, tmp_path: Path) -> None:
     words = [argument.format(v=videos) for argument in arguments]
     if "=" in words[0] and "is needed" not in message:

@@ -8,6 +8,7 @@ import pytest
 
 from cogx_fast.video import files
 from cogx_fast.video.quality import psnr
+from tests.cases import for_each
 
 
 def _ramp(length: int = 17, height: int = 64, width: int = 96) -> files.Frames:
@@ -65,7 +66,7 @@ def test_a_rate_is_what_was_written(tmp_path: Path) -> None:
     assert files.read_rate(tmp_path / "video.mp4") == 12
 
 
-@pytest.mark.parametrize(("size", "scale"), [((64, 96), 4), ((75, 33), 7), ((300, 400), 1)])
+@for_each("size, scale", [((64, 96), 4), ((75, 33), 7), ((300, 400), 1)])
 def test_side_by_side_shows_both_whole(size: tuple[int, int], scale: int) -> None:
     frames = np.zeros((2, *size, 3), dtype=np.uint8)
     red, green = frames + np.uint8([255, 0, 0]), frames + np.uint8([0, 255, 0])
@@ -93,10 +94,14 @@ def test_contact_sheet_shows_each_video(tmp_path: Path) -> None:
     assert reds[: pixels.shape[0] // 2].sum() < reds[pixels.shape[0] // 2 :].sum()  # in the lower row
 
 
-@pytest.mark.parametrize(("size", "cell"), [((64, 64), (128, 128)), ((480, 720), (240, 160)), ((200, 100), (100, 200))])
+@for_each("size, cell", [((64, 64), (128, 128)), ((480, 720), (240, 160)), ((200, 100), (100, 200))])
 def test_cells_are_neither_tiny_nor_huge(size: tuple[int, int], cell: tuple[int, int]) -> None:
-    height, width = size
-    assert files._cell_size(width, height) == cell
+    red = np.zeros((2, *size, 3), dtype=np.float32)
+    red[..., 0] = 1.0
+    sheet = files.contact_sheet([("a row", "a note", red)], title="", note="", fps=8, columns=1)
+    reds = (np.asarray(sheet)[..., :3] == (255, 0, 0)).all(-1)
+    rows, columns = reds.any(1), reds.any(0)
+    assert (columns.sum(), rows.sum()) == cell
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from cogx_fast.assets import digits
 from cogx_fast.extras import MissingDependencyError
 from cogx_fast.video import quality
+from tests.cases import for_each
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,7 @@ def test_each_frame_has_its_own_figures(video: Any) -> None:
     assert figures[3][1] < 1.0
 
 
-@pytest.mark.parametrize("measure", [quality.psnr, quality.ssim, quality.per_frame])
-@pytest.mark.parametrize("shape", [(4, 16, 24, 3), (5, 16, 16, 3)])
+@for_each("measure", [quality.psnr, quality.ssim, quality.per_frame], "shape", [(4, 16, 24, 3), (5, 16, 16, 3)])
 def test_videos_of_other_sizes_are_refused(measure: Any, shape: tuple[int, ...], video: Any) -> None:
     with pytest.raises(ValueError, match=r"make them of one size and length"):
         measure(np.zeros(shape), video)
