@@ -25,7 +25,6 @@ real_import = builtins.__import__
 
 
 def is_private(name: str) -> bool:
-    """Whether a dotted name has a part with an underscore before it; ``__version__`` and its like are public."""
     return any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
 
 
@@ -43,7 +42,6 @@ class Renamed(types.ModuleType):
 
 
 def seen(value: Any) -> Any:
-    """What the package sees of it."""
     is_torch = isinstance(value, types.ModuleType) and value.__name__.split(".")[0] == "torch"
     return Renamed(value) if is_torch and not isinstance(value, Renamed) else value
 
@@ -61,7 +59,6 @@ def import_renamed(name: str, globals: Any = None, locals: Any = None, fromlist:
 
 
 def main() -> None:
-    """Import, load, run."""
     builtins.__import__ = import_renamed
     import cogx_fast
 

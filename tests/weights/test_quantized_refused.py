@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 import cogx_fast
 from quant import storage
+from tests.cases import for_each
 from tests.quant.support import checksum
 from tests.weights.quantized import quantized, refused
 from tests.weights.support import WEIGHTS, assert_same_model, from_upstream
@@ -48,17 +49,7 @@ def rewrite(directory: Path, change: Any) -> None:
     save_file(tensors, directory / WEIGHTS, metadata | {"quant.sha256": checksum(metadata), "format": "pt"})
 
 
-@pytest.fixture
-def changed(int8, tmp_path):
-    def change(how: Any) -> Path:
-        directory = shutil.copytree(int8[1], tmp_path / "changed")
-        rewrite(directory, how)
-        return directory
-
-    return change
-
-
-def test_another_torchao(changed, int8):
+def test_another_torchao(int8, tmp_path):
     def older(tensors: dict, metadata: dict) -> None:
         metadata["quant.torchao"] = "0.15.0"
         for name in json.loads(metadata["tensor_names"]):
@@ -69,56 +60,57 @@ def test_another_torchao(changed, int8):
         for name in json.loads(metadata["tensor_names"]):
             metadata[name] = metadata[name].replace('"block_size"', '"block_shape"')
 
-    directory = changed(older)
+    directory = shutil.copytree(int8[1], tmp_path / "changed")
+    rewrite(directory, older)
     assert_same_model(cogx_fast.load(directory), int8[0])
     rewrite(directory, newer)
     refused(rf"{WEIGHTS}: written by torchao 9.1.0, which the installed torchao {storage.torchao_version()}", directory)
 
 
-def test_a_part_is_missing(changed):
-    refused("parts of quantized weights are missing.*to_k._weight_scale", changed(
-        lambda tensors, _: tensors.pop("transformer_blocks.1.attn1.to_k._weight_scale")))  # fmt: skip
+K, OUT, SECOND = (f"transformer_blocks.1.{name}" for name in ("attn1.to_k", "attn1.to_out.0", "ff.net.2"))
+PARTS = [f"_weight_{part}" for part in ("qdata", "scale", "zero_point")]
 
 
-def test_a_weight_is_missing(changed):
-    def without(tensors: dict, metadata: dict) -> None:
-        for part in ("qdata", "scale", "zero_point"):
-            del tensors[f"transformer_blocks.1.attn1.to_out.0._weight_{part}"]
-        name = "transformer_blocks.1.attn1.to_out.0.weight"
-        del metadata[name]
-        metadata["tensor_names"] = json.dumps([n for n in json.loads(metadata["tensor_names"]) if n != name])
-
-    refused("1 are missing: transformer_blocks.1.attn1.to_out.0.weight", changed(without))
+def without(tensors: dict, metadata: dict) -> None:
+    for part in PARTS:
+        del tensors[f"{OUT}.{part}"]
+    del metadata[f"{OUT}.weight"]
+    left = [name for name in json.loads(metadata["tensor_names"]) if name != f"{OUT}.weight"]
+    metadata["tensor_names"] = json.dumps(left)
 
 
-def test_one_of_three_is_not_quantized(changed):
-    def dequantized(tensors: dict, metadata: dict) -> None:
-        name = "transformer_blocks.1.attn1.to_k"
-        shape = tensors[f"{name}._weight_qdata"].shape
-        for part in ("qdata", "scale", "zero_point"):
-            del tensors[f"{name}._weight_{part}"]
-        tensors[f"{name}.weight"] = torch.zeros(shape, dtype=torch.bfloat16)
-        metadata[f"{name}.weight"] = '{"_type": "Tensor"}'
-
-    refused("to_k.weight are not, which are one weight here", changed(dequantized))
+def dequantized(tensors: dict, metadata: dict) -> None:
+    tensors[f"{K}.weight"] = torch.zeros(tensors[f"{K}._weight_qdata"].shape, dtype=torch.bfloat16)
+    for part in PARTS:
+        del tensors[f"{K}.{part}"]
+    metadata[f"{K}.weight"] = '{"_type": "Tensor"}'
 
 
-def test_shapes_and_dtypes(changed):
-    def shorter(tensors: dict, _: Any) -> None:
-        name = "transformer_blocks.1.ff.net.2._weight_"
-        tensors.update(
-            {f"{name}{part}": tensors[f"{name}{part}"][:-1].clone() for part in ("qdata", "scale", "zero_point")}
-        )
-
-    refused(r"have another shape: transformer_blocks.1.ff.net.2.weight \(127, 512\)", changed(shorter))
+def shorter(tensors: dict, _: Any) -> None:
+    tensors |= {f"{SECOND}.{part}": tensors[f"{SECOND}.{part}"][:-1].clone() for part in PARTS}
 
 
-def test_scales_of_another_dtype(changed):
-    def integers(tensors: dict, _: Any) -> None:
-        name = "transformer_blocks.1.ff.net.2._weight_scale"
-        tensors[name] = tensors[name].int()
+def integers(tensors: dict, _: Any) -> None:
+    tensors[f"{SECOND}._weight_scale"] = tensors[f"{SECOND}._weight_scale"].int()
 
-    refused("its scale is torch.int32", changed(integers))
+
+CHANGED = {
+    "no part": (
+        lambda tensors, _: tensors.pop(f"{K}._weight_scale"),
+        "parts of quantized weights are missing.*to_k._weight_scale",
+    ),
+    "no weight": (without, f"1 are missing: {OUT}.weight"),
+    "one of three as it was": (dequantized, "to_k.weight are not, which are one weight here"),
+    "another shape": (shorter, rf"have another shape: {SECOND}.weight \(127, 512\)"),
+    "scales of another dtype": (integers, "its scale is torch.int32"),
+}
+
+
+@for_each("change, words", CHANGED.values(), ids=CHANGED)
+def test_weights_that_are_not_whole(change: Any, words: str, int8: Any, tmp_path: Path) -> None:
+    directory = shutil.copytree(int8[1], tmp_path / "changed")
+    rewrite(directory, change)
+    refused(words, directory)
 
 
 def test_parts_quantized_apart(tmp_path):
