@@ -49,7 +49,7 @@ def test_loading_quantized_is_quantizing_what_is_loaded(name, checkpoint):
     assert torch.equal(predict(model, arguments), predict(later, arguments))
 
 
-@for_each("name", COMPILED)
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_it_is_one_graph_and_says_what_eager_says(name, checkpoint):
     arguments = inputs(small("1.5-5b-i2v"), dtype=torch.bfloat16)
     exact = predict(cogx_fast.load(checkpoint, dtype="fp32"), inputs(small("1.5-5b-i2v")))

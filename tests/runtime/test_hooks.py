@@ -58,6 +58,7 @@ TAKEN = {  # which of WHERE, before the first call and after it: compiling is wh
 }
 
 
+@pytest.mark.timeout(900)
 @for_each(
     "scope, called, way, place",
     [

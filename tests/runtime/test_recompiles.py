@@ -51,7 +51,7 @@ def calls(model: CogVideoXModel, *, batches: tuple[int, ...] = (1, 2, 4)) -> lis
     ]
 
 
-@for_each("attention, batches", [("sdpa", (1, 2, 4)), ("flex", (1, 2, 4)), ("sdpa", (2, 1, 4))])
+@pytest.mark.parametrize(("attention", "batches"), [("sdpa", (1, 2, 4)), ("flex", (1, 2, 4)), ("sdpa", (2, 1, 4))])
 def test_one_compilation_holds_for_all_sizes_batches_and_texts(attention: str, batches: tuple[int, ...]) -> None:
     """Compiled for a batch of one first, which torch by itself compiles apart, and for two first."""
     model, eager = make("5b", attention), make("5b")
@@ -64,7 +64,9 @@ def test_one_compilation_holds_for_all_sizes_batches_and_texts(attention: str, b
     assert (stats.graphs, stats.breaks, stats.recompiles) == (1 + AROUND, 0, 0)
 
 
-@for_each("name, scope", [*((name, "block") for name in RELEASED), ("2b", "model"), ("1.5-5b-i2v", "model")])
+@pytest.mark.parametrize(
+    ("name", "scope"), [*((name, "block") for name in RELEASED), ("2b", "model"), ("1.5-5b-i2v", "model")]
+)
 def test_no_released_model_recompiles(name: str, scope: Any) -> None:
     model = make(name)
     compile_model(model, CompileConfig(scope=scope, backend="eager", strict=True))
