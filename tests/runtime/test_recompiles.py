@@ -19,7 +19,6 @@ from cogx_fast.runtime.compile import (
     watch_compilation,
 )
 from cogx_fast.runtime.module import CogVideoXModel
-from tests.cases import for_each
 from tests.support import AROUND, RELEASED, inputs, predict, relative_error, small
 
 RESOLUTIONS = [(12, 10), (10, 12), (8, 8), (12, 16), (16, 12), (6, 10), (14, 8), (20, 4)]
@@ -197,8 +196,8 @@ def changed(model: CogVideoXModel, what: str) -> Any:
     return predict(model, arguments)
 
 
-@for_each(
-    "what, scope, parts",
+@pytest.mark.parametrize(
+    ("what", "scope", "parts"),
     [
         ("grad mode", "block", 1),
         ("grad mode", "model", 1),
