@@ -201,6 +201,11 @@ def parse_recipe(text: str, *, origin: str = "the recipe") -> Recipe:
     )
 
 
+def of_all_blocks(name: str) -> str:
+    """A linear's name with its block's number as ``*``: the pattern for the same linear of all blocks."""
+    return name if "*" in name else re.sub(r"\.\d+\.", ".*.", name, count=1)
+
+
 def _check_rule(rule: Any, where: str) -> None:
     """What is wrong with a rule; files can hold anything."""
     if not rule.match or not all(isinstance(each, str) and each for each in rule.match):
@@ -289,4 +294,4 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's strings, numbers, true and false
 
 
-__all__ = ["Recipe", "Rule", "load_recipe", "parse_recipe", "recipe_names"]
+__all__ = ["Recipe", "Rule", "load_recipe", "of_all_blocks", "parse_recipe", "recipe_names"]

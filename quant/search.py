@@ -8,11 +8,10 @@ by bisection, to find how far the budget reaches, and beyond that what still fit
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from quant.recipe import Recipe, Rule
+from quant.recipe import Recipe, Rule, of_all_blocks
 from quant.sensitivity import Errors, sqnr_db
 
 _EXACT_DB = 999.0
@@ -165,7 +164,7 @@ def to_recipe(
 
 def _patterns(names: Sequence[str], searched: Sequence[str]) -> tuple[str, ...]:
     """The names, with one pattern in place of those of all blocks."""
-    wide = {name: re.sub(r"\.\d+\.", ".*.", name, count=1) for name in searched}
+    wide = {name: of_all_blocks(name) for name in searched}
     outside = {wide[name] for name in searched if name not in set(names)}
     return tuple(dict.fromkeys(name if wide[name] in outside else wide[name] for name in names))
 

@@ -49,9 +49,7 @@ def add_video(command: argparse.ArgumentParser) -> None:
     add_sampling(command, steps=50)
     add_size(command)
     command.add_argument("--fps", type=count, help="frames a second (default: 8, for CogVideoX 1.5: 16)")
-    command.add_argument(
-        "--dtype", choices=DTYPE_NAMES, help="default: as the weights are stored; fp32 on a CPU that lacks theirs"
-    )
+    add_dtype(command)
     add_running(command, compile_default=None, compile_help="compile the transformer (default: on CUDA)")
     add_offload(command)
     command.add_argument(
@@ -80,16 +78,36 @@ def add_offload(command: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
+_SIZE = {"frames": "frames", "height": "pixels", "width": "pixels"}
+
+
 def add_size(command: argparse.ArgumentParser) -> None:
     """What size of video."""
-    for name, unit in (("frames", "frames"), ("height", "pixels"), ("width", "pixels")):
+    for name, unit in _SIZE.items():
         command.add_argument(f"--{name}", type=int, help=f"of the video, in {unit} (default: the model's own)")
+
+
+def read_size(arguments: argparse.Namespace) -> dict[str, int | None]:
+    """The size that was asked for, as ``Model.video`` takes it."""
+    return {name: getattr(arguments, name) for name in _SIZE}
 
 
 def add_running(command: argparse.ArgumentParser, *, compile_default: bool | None, compile_help: str) -> None:
     """How and where the transformer runs."""
     command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=compile_default, help=compile_help)
     command.add_argument("--attention", default="auto", help="attention backend (default: %(default)s)")
+    add_device(command)
+
+
+def add_dtype(command: argparse.ArgumentParser) -> None:
+    """The dtype of a pipeline's parts."""
+    command.add_argument(
+        "--dtype", choices=DTYPE_NAMES, help="default: as the weights are stored; fp32 on a CPU that lacks theirs"
+    )
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Where to compute."""
     command.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
 
 
@@ -108,6 +126,6 @@ def seed(text: str) -> int:
 
 
 __all__ = [
-    "DTYPE_NAMES", "MODEL_HELP", "Parser", "add_command", "add_offload", "add_running", "add_sampling", "add_size",
-    "add_video", "count", "seed",
+    "DTYPE_NAMES", "MODEL_HELP", "Parser", "add_command", "add_device", "add_dtype", "add_offload", "add_running",
+    "add_sampling", "add_size", "add_video", "count", "read_size", "seed",
 ]  # fmt: skip

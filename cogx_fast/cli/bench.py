@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogx_fast import sizes
 from cogx_fast.cli.arguments import DTYPE_NAMES, add_command, add_running, add_size, count
 from cogx_fast.cli.task import name_dtype
 from cogx_fast.pipelines.locate import locate
@@ -142,15 +141,14 @@ def _work(asked: dict[str, Any]) -> Work:
     if asked["model"] is None:
         raise ValueError("no model is named: give one, e.g. 5b, or the report of an earlier run with --against")
     model = locate(asked["model"])
-    size = {name: asked[name] for name in ("frames", "height", "width")}
-    video = sizes.choose_video(model.config, **size, spatial_factor=model.spatial_factor)
+    video = model.video(frames=asked["frames"], height=asked["height"], width=asked["width"])
     config = model.config
     if asked["layers"] is not None:
         config = dataclasses.replace(config, num_layers=asked["layers"])
     device = generation.choose_device(asked["device"])
     work = contest.Work(
         config=config,
-        tokens=sizes.count_tokens(config, video, spatial_factor=model.spatial_factor),
+        tokens=model.tokens(video),
         batch=asked["batch"],
         dtype=generation.DTYPES[asked["dtype"]],
         device=device,

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from cogx_fast.cli.arguments import DTYPE_NAMES, add_command, add_size, count
+from cogx_fast.cli.arguments import DTYPE_NAMES, add_command, add_device, add_size, count, read_size
 from cogx_fast.config import PRESETS
 from cogx_fast.terminal import Progress
 
@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
         "--build", action=argparse.BooleanOptionalAction, default=True,
         help="build machine code, and start again to see what the cache gives (default: yes; without it is quicker)",
     )  # fmt: skip
-    command.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    add_device(command)
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
@@ -59,14 +59,10 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     from cogx_fast.pipelines.generation import DTYPES, choose_device
     from cogx_fast.pipelines.locate import locate, locate_pipeline
     from cogx_fast.runtime.compile import CompileConfig
-    from cogx_fast.sizes import choose_video
 
     model = locate_pipeline("tiny") if arguments.model == "tiny" else locate(arguments.model)
     config = CompileConfig(scope=arguments.scope, mode=arguments.mode)
-    device, factor = choose_device(arguments.device), model.spatial_factor
-    video = choose_video(
-        model.config, frames=arguments.frames, height=arguments.height, width=arguments.width, spatial_factor=factor
-    )
+    device, video = choose_device(arguments.device), model.video(**read_size(arguments))
     sizes = [(arguments.batch, video.frames, video.height, video.width), *arguments.then]
     built = empty_model(
         dataclasses.replace(model.config, num_layers=arguments.layers or model.config.num_layers),
@@ -78,7 +74,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     if arguments.step_cache is not None:
         built.set_step_cache(arguments.step_cache)
     progress.stage(f"compiling {arguments.model}")
-    found = explain(built, *sizes, compile=config, spatial_factor=factor, build=arguments.build)
+    found = explain(built, *sizes, compile=config, spatial_factor=model.spatial_factor, build=arguments.build)
     return {"model": model.name, **found.to_dict()}, f"{model.name}\n\n{found}"
 
 

@@ -6,14 +6,14 @@ import argparse
 import dataclasses
 from typing import Any
 
-from cogx_fast.cli.arguments import add_command, add_size, count
+from cogx_fast.cli.arguments import add_command, add_size, count, read_size
 from cogx_fast.config import HUB_IDS, PRESETS, TransformerConfig
 from cogx_fast.measure import costs
 from cogx_fast.measure.devices import DEVICES, get_device
 from cogx_fast.pipelines.budget import LINK, STEPS, Clock, by_recipe, choose_plan
 from cogx_fast.pipelines.locate import Model, locate, read_stored_weights
 from cogx_fast.pipelines.memory import estimate, released
-from cogx_fast.sizes import VideoSize, choose_video, count_tokens
+from cogx_fast.sizes import VideoSize
 from cogx_fast.terminal import Progress, scaled, table
 
 CARDS = (8, 12, 16, 24, 48, 80)
@@ -47,25 +47,21 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
     model = locate(arguments.model)
-    facts = describe(
-        model, frames=arguments.frames, height=arguments.height, width=arguments.width, batch=arguments.batch
-    )
+    facts = describe(model, **read_size(arguments), batch=arguments.batch)
     if arguments.memory:
         facts["device"] = arguments.device
-        facts["cards"] = describe_cards(model.config, facts["video"], model.spatial_factor, arguments.device)
+        facts["cards"] = describe_cards(model, facts["video"], arguments.device)
     return facts, render(facts)
 
 
-def describe_cards(
-    config: TransformerConfig, video: dict[str, int], spatial_factor: int, device: str | None = None
-) -> list[dict[str, Any]]:
+def describe_cards(model: Model, video: dict[str, int], device: str | None = None) -> list[dict[str, Any]]:
     """How a released pipeline in bf16 is laid out on cards of some sizes, with its predicted peaks, and times."""
     size = VideoSize(frames=video["frames"], height=video["height"], width=video["width"])
-    pipe, tokens = released(config), count_tokens(config, size, spatial_factor=spatial_factor)
+    pipe, tokens = released(model.config), model.tokens(size)
     needs = by_recipe(estimate(pipe, tokens, size, batch=video["batch"]), pipe.transformer)
     clock = None
     if device is not None:
-        clock = Clock(device=get_device(device), config=config, tokens=tokens, batch=video["batch"])
+        clock = Clock(device=get_device(device), config=model.config, tokens=tokens, batch=video["batch"])
     cards = []
     for gigabytes in CARDS:
         plan = choose_plan(needs, pipe.text_encoder, gigabytes * 10**9, clock)
@@ -86,8 +82,8 @@ def describe(model: Model, *, frames: int | None, height: int | None, width: int
         ValueError: the model cannot make a video of that size, or its weight files are damaged or of another model.
     """
     config = model.config
-    video = choose_video(config, frames=frames, height=height, width=width, spatial_factor=model.spatial_factor)
-    tokens = count_tokens(config, video, spatial_factor=model.spatial_factor)
+    video = model.video(frames=frames, height=height, width=width)
+    tokens = model.tokens(video)
     parameters = costs.count_parameters(config)
     stored = read_stored_weights(model)
     if stored is not None and stored.parameters != sum(parameters.values()):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogx_fast.cli.arguments import DTYPE_NAMES, MODEL_HELP, add_command, add_offload, add_sampling, add_size, count
-from cogx_fast.cli.output import note, quiet_bars, warn
+from cogx_fast.cli.arguments import add_command, count
+from cogx_fast.cli.searching import add_pipeline, check_out, open_pipeline
 from cogx_fast.terminal import Progress, table
 
 if TYPE_CHECKING:
@@ -21,78 +20,39 @@ def add(commands: Any) -> None:
         "Run a few denoising steps, score 3-D windows for every layer and head from sampled queries, and write the "
         "sparsest ones whose error is small enough: load(..., attention_plan=FILE).",
     )  # fmt: skip
-    command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    command.add_argument("--prompts", nargs="+", required=True, metavar="PROMPT", help="what to generate")
+    add_pipeline(command, steps=6, finds="plan")
     command.add_argument(
         "--max-error", type=float, required=True, metavar="E",
         help="the largest relative error of a head's output and of a block's attention output, e.g. 0.1",
     )  # fmt: skip
-    command.add_argument("--out", required=True, metavar="FILE.toml", help="the plan to write")
-    command.add_argument("--image", metavar="FILE", help="the first frame, for image-to-video models")
-    add_sampling(command, steps=6)
     command.add_argument(
         "--dense-part", type=float, default=0.2, metavar="P",
         help="the first part of every schedule, which stays dense (default: %(default)s)",
     )  # fmt: skip
-    add_size(command)
     command.add_argument("--rows", type=count, default=64, help="queries sampled in each call (default: %(default)s)")
     command.add_argument("--block-size", type=count, default=128, help="tokens in a block (default: %(default)s)")
     command.add_argument(
         "--tile", type=count, nargs=2, default=(2, 8), metavar=("FRAMES", "ROWS"),
         help="frames and rows of a block (default: 2 8)",
     )  # fmt: skip
-    command.add_argument(
-        "--dtype", choices=DTYPE_NAMES, help="default: as the weights are stored; fp32 on a CPU that lacks theirs"
-    )
-    command.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    add_offload(command)
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
     from cogx_fast.attention.plan_file import write_plan
-    from cogx_fast.pipelines import generation
-    from cogx_fast.pipelines.locate import locate_pipeline
-    from cogx_fast.sizes import choose_video
     from cogx_fast.tune.attention import find_plan
 
-    out = Path(arguments.out)
-    if out.suffix != ".toml":
-        raise ValueError(f"--out is {arguments.out!r}, expected a name that ends in .toml")
-    quiet_bars()
-    model = locate_pipeline(arguments.model)
-    generation.check_pipeline(model, with_image=arguments.image is not None)
-    size = choose_video(
-        model.config, frames=arguments.frames, height=arguments.height, width=arguments.width,
-        spatial_factor=model.spatial_factor,
-    )  # fmt: skip
-    image = None if arguments.image is None else generation.read_image(arguments.image)
-    requests = [
-        generation.Request(
-            prompt=prompt, size=size, steps=arguments.steps, seed=arguments.seed, guidance=arguments.guidance,
-            image=image,
-        )
-        for prompt in arguments.prompts
-    ]  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    progress.stage(f"loading {arguments.model}")
-    dtype = None if arguments.dtype is None else generation.DTYPES[arguments.dtype]
-    setting = generation.Setting(
-        dtype=dtype, attention="sdpa", offload=arguments.offload, vae_tiling=arguments.vae_tiling
-    )
-    place = generation.choose_device(arguments.device)
-    pipe = generation.open_pipeline(model, setting, device=place, size=size, tell=note(progress))
-    notes = list(filter(None, [generation.dtype_warning(model, setting, place)]))
-    warn(notes, progress)
+    out = check_out(arguments)
+    opened = open_pipeline(arguments, progress, attention="sdpa")
     finding = find_plan(
-        pipe,
-        requests,
+        opened.pipe,
+        opened.requests,
         max_error=arguments.max_error,
         dense_part=arguments.dense_part,
         rows=arguments.rows,
         block_size=arguments.block_size,
         tile=tuple(arguments.tile),
-        on_step=progress.steps("scoring", 2 * len(requests) * arguments.steps),
+        on_step=progress.steps("scoring", 2 * len(opened.requests) * arguments.steps),
     )
     write_plan(finding.plan, out)
     report = {
@@ -107,7 +67,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         "head_errors": finding.head_errors_LN.tolist(),
         "block_errors": finding.block_errors_L.tolist(),
         "patterns": _patterns(finding),
-        "warnings": notes,
+        "warnings": opened.notes,
     }
     return report, _render(report)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -68,10 +67,12 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
 
 def render(linears: Iterable[LinearReport]) -> str:
     """The report for people: linears that differ only in their block's number, and fared alike, in one line."""
+    from quant.recipe import of_all_blocks
+
     groups: dict[tuple[str, str], list[LinearReport]] = {}
     reasons: dict[str, dict[str, None]] = {}
     for linear in linears:
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", linear.fqn, count=1)
+        name = of_all_blocks(linear.fqn)
         groups.setdefault((name, linear.scheme or "–"), []).append(linear)
         if linear.reason is not None:
             reasons.setdefault(linear.reason, {})[name] = None

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cogx_fast import sizes
-from cogx_fast.cli.arguments import add_command, add_size, count
+from cogx_fast.cli.arguments import add_command, add_size, count, read_size
 from cogx_fast.config import TransformerConfig
 from cogx_fast.measure import mesh, roofline
 from cogx_fast.measure.devices import DEVICES, PCIE_SHARE, Device, get_device
@@ -56,14 +55,8 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace, _: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
     model = locate(arguments.model)
-    video = sizes.choose_video(
-        model.config,
-        frames=arguments.frames,
-        height=arguments.height,
-        width=arguments.width,
-        spatial_factor=model.spatial_factor,
-    )
-    tokens = sizes.count_tokens(model.config, video, spatial_factor=model.spatial_factor)
+    video = model.video(**read_size(arguments))
+    tokens = model.tokens(video)
     device = get_device(arguments.device)
     if max(arguments.gpus) > 1:
         device = mesh.with_link(device, arguments.link or ("nvlink" if mesh.has_nvlink(device) else "pcie"))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogx_fast.cli.arguments import add_offload
-from cogx_fast.cli.output import finite, note, quiet_bars, warn
+from cogx_fast.cli.output import finite
+from cogx_fast.cli.searching import check_out, open_pipeline
 from cogx_fast.terminal import Progress, table
 
 if TYPE_CHECKING:
     from cogx_fast.pipelines.generation import Request
-    from cogx_fast.pipelines.locate import Model
     from cogx_fast.tune.recipe import Outcome
     from quant.calibration import Sample
 
@@ -42,36 +41,22 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--check", action=argparse.BooleanOptionalAction, default=True, help="compare a video made with the recipe"
     )
+    command.set_defaults(seed=None, guidance=6.0, frames=None, height=None, width=None)  # not asked for here
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
     from cogx_fast.measure.devices import get_device
-    from cogx_fast.pipelines import generation
-    from cogx_fast.pipelines.locate import locate_pipeline
-    from cogx_fast.sizes import choose_video, count_tokens
     from cogx_fast.tune.recipe import find_recipe
 
-    out = Path(arguments.out)
-    if out.suffix != ".toml" or arguments.budget is None:
+    if arguments.budget is None:
         raise ValueError("--search needs --budget DB and --out FILE.toml")
-    quiet_bars()
-    device = get_device(arguments.for_device)
-    model = locate_pipeline(arguments.model)
-    generation.check_pipeline(model, with_image=arguments.image is not None)
-    requests = _requests(arguments, model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    progress.stage(f"loading {arguments.model}")
-    dtype = None if arguments.dtype is None else generation.DTYPES[arguments.dtype]
-    setting = generation.Setting(
-        dtype=dtype, attention="sdpa", offload=arguments.offload, vae_tiling=arguments.vae_tiling
-    )
-    place = generation.choose_device(arguments.device)
-    pipe = generation.open_pipeline(model, setting, device=place, size=requests[0].size, tell=note(progress))
-    notes = list(filter(None, [generation.dtype_warning(model, setting, place)]))
-    warn(notes, progress)
+    out, device = check_out(arguments), get_device(arguments.for_device)
+    arguments.prompts = arguments.prompts or (PROMPTS if arguments.model == "tiny" else ())
+    if not arguments.prompts:
+        raise ValueError("--search needs --prompts, a few that are like those the model will be used with")
+    model, pipe, requests, notes = open_pipeline(arguments, progress, attention="sdpa")
     samples = _samples(pipe, requests, arguments, out.with_suffix(".calibration.safetensors"), progress)
-    size = choose_video(model.config, frames=None, height=None, width=None, spatial_factor=model.spatial_factor)
     bar = progress.steps("measuring linears", 1)
 
     def measured(done: int, of_all: int) -> None:
@@ -86,7 +71,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         budget_db=arguments.budget,
         name=out.stem,
         model_name=arguments.model,
-        tokens=count_tokens(model.config, size, spatial_factor=model.spatial_factor),
+        tokens=model.tokens(requests[0].size),
         device=device,
         state_path=out.with_suffix(".search.json"),
         schemes=[scheme.strip() for scheme in arguments.schemes.split(",")],
@@ -102,21 +87,6 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     report["plot"] = _plot(report, out.with_suffix(".png"))
     progress.clear()
     return report, _render(report)
-
-
-def _requests(arguments: argparse.Namespace, model: Model) -> list[Request]:
-    from cogx_fast.pipelines import generation
-    from cogx_fast.sizes import choose_video
-
-    prompts = arguments.prompts or (PROMPTS if arguments.model == "tiny" else ())
-    if not prompts:
-        raise ValueError("--search needs --prompts, a few that are like those the model will be used with")
-    size = choose_video(model.config, frames=None, height=None, width=None, spatial_factor=model.spatial_factor)
-    image = None if arguments.image is None else generation.read_image(arguments.image)
-    return [
-        generation.Request(prompt=prompt, size=size, steps=arguments.steps, seed=seed, image=image)
-        for seed, prompt in enumerate(prompts)
-    ]
 
 
 def _samples(
@@ -157,6 +127,7 @@ def _check(pipe: Any, outcome: Outcome, request: Request) -> float:
 
 def _report(arguments: argparse.Namespace, outcome: Outcome, model: Any, samples: int) -> dict[str, Any]:
     from cogx_fast.tune.recipe import finite_db, stored_bytes
+    from quant.recipe import of_all_blocks
 
     searched = outcome.searched
     whole = stored_bytes(model, {}, searched)
@@ -176,7 +147,7 @@ def _report(arguments: argparse.Namespace, outcome: Outcome, model: Any, samples
             "output_sqnr_db": finite_db(errors.own),
             "noise_sqnr_db": finite_db(errors.prediction),
             "chosen": any(
-                mixed == scheme and fqn in (linear, re.sub(r"\.\d+\.", ".*.", linear, count=1))
+                mixed == scheme and fqn in (linear, of_all_blocks(linear))
                 for linear, mixed in outcome.found.best.mix.items()
             ),
         }
@@ -210,10 +181,11 @@ def _plot(report: dict[str, Any], path: Path) -> str | None:
 
 
 def _render(report: dict[str, Any]) -> str:
+    from quant.recipe import of_all_blocks
+
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for each in report["linears"]:
-        name = re.sub(r"(?<=transformer_blocks\.)\d+", "*", each["linear"])
-        kinds.setdefault((name, each["scheme"]), []).append(each)
+        kinds.setdefault((of_all_blocks(each["linear"]), each["scheme"]), []).append(each)
     linears = table(
         ("linear", "scheme", "output", "noise, worst", "noise, median", "chosen"),
         [

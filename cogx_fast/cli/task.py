@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cogx_fast.cli.arguments import DTYPE_NAMES, count, seed
+from cogx_fast.cli.arguments import DTYPE_NAMES, count, read_size, seed
 from cogx_fast.cli.output import quiet_bars
 
 if TYPE_CHECKING:
@@ -69,25 +69,17 @@ def read_task(arguments: argparse.Namespace) -> Task:
     """
     from cogx_fast.pipelines import generation
     from cogx_fast.pipelines.locate import locate_pipeline
-    from cogx_fast.sizes import choose_video
 
     if arguments.model == "tiny":  # which may have to be made
         quiet_bars()
     model = locate_pipeline(arguments.model)
     generation.check_pipeline(model, with_image=arguments.image is not None)
-    size = choose_video(
-        model.config,
-        frames=arguments.frames,
-        height=arguments.height,
-        width=arguments.width,
-        spatial_factor=model.spatial_factor,
-    )
     device = generation.choose_device(arguments.device)
     return Task(
         model=model,
         device=device,
         setting=generation.Setting(
-            dtype=None if arguments.dtype is None else generation.DTYPES[arguments.dtype],
+            dtype=read_dtype(arguments),
             attention=arguments.attention,
             attention_plan=arguments.attention_plan,
             step_cache=arguments.step_cache,
@@ -99,7 +91,7 @@ def read_task(arguments: argparse.Namespace) -> Task:
         request=generation.Request(
             prompt=arguments.prompt,
             negative_prompt=arguments.negative_prompt,
-            size=size,
+            size=model.video(**read_size(arguments)),
             steps=arguments.steps,
             seed=arguments.seed,
             guidance=arguments.guidance,
@@ -146,6 +138,13 @@ def change_task(task: Task, text: str, *, compile: bool | None = None) -> Task:
     return dataclasses.replace(task, setting=setting, request=dataclasses.replace(task.request, **requests))
 
 
+def read_dtype(arguments: argparse.Namespace) -> torch.dtype | None:
+    """What ``--dtype`` asks for, if it is given."""
+    from cogx_fast.pipelines.generation import DTYPES
+
+    return None if arguments.dtype is None else DTYPES[arguments.dtype]
+
+
 def _lora(text: str) -> tuple[str, float]:
     """A file, or file=weight."""
     path, equals, weight = text.rpartition("=")
@@ -168,7 +167,7 @@ def _keys() -> dict[str, Callable[[str], Any]]:
     """What a setting can change, and how each value is read."""
     from cogx_fast.pipelines import generation
 
-    keys: dict[str, Callable[[str], Any]] = {
+    return {
         "transformer": lambda text: _one_of((generation.OURS, generation.UPSTREAM), text),
         "dtype": lambda text: generation.DTYPES[_one_of(DTYPE_NAMES, text)],
         "compile": lambda text: _SWITCH[_one_of(tuple(_SWITCH), text)],
@@ -178,10 +177,8 @@ def _keys() -> dict[str, Callable[[str], Any]]:
         "steps": count,
         "guidance": float,
         "seed": seed,
+        "quant": str,
     }
-    if generation.takes_quant():
-        keys["quant"] = str
-    return keys
 
 
 def _one_of(known: tuple[str, ...], text: str) -> str:
@@ -190,4 +187,4 @@ def _one_of(known: tuple[str, ...], text: str) -> str:
     return text
 
 
-__all__ = ["Task", "change_task", "name_dtype", "read_task"]
+__all__ = ["Task", "change_task", "name_dtype", "read_dtype", "read_task"]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogx_fast.cli.arguments import DTYPE_NAMES, MODEL_HELP, add_command, add_offload, add_sampling, add_size, count
-from cogx_fast.cli.output import note, quiet_bars, warn
+from cogx_fast.cli.arguments import add_command, count
+from cogx_fast.cli.searching import add_pipeline, check_out, open_pipeline
 from cogx_fast.terminal import Progress
 
 if TYPE_CHECKING:
@@ -23,66 +22,28 @@ def add(commands: Any) -> None:
         "that was stopped goes on.",
     )  # fmt: skip
     command.add_argument("what", choices=["steps"], help="what to tune")
-    command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    command.add_argument("--prompts", nargs="+", required=True, metavar="PROMPT", help="what to generate")
+    add_pipeline(command, steps=50, finds="schedule")
     command.add_argument(
         "--speedup", type=float, default=2.0, metavar="X", help="how many times fewer blocks (default: %(default)s)"
     )
-    command.add_argument("--out", required=True, metavar="FILE.toml", help="the schedule to write")
-    command.add_argument("--image", metavar="FILE", help="the first frame, for image-to-video models")
-    add_sampling(command, steps=50)
-    add_size(command)
     command.add_argument("--tokens", type=count, default=256, help="tokens sampled (default: %(default)s)")
-    command.add_argument(
-        "--dtype", choices=DTYPE_NAMES, help="default: as the weights are stored; fp32 on a CPU that lacks theirs"
-    )
-    command.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    add_offload(command)
 
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast.pipelines import generation
-    from cogx_fast.pipelines.locate import locate_pipeline
     from cogx_fast.runtime.step_schedule_file import write_schedule
-    from cogx_fast.sizes import choose_video
     from cogx_fast.tune.steps import find_schedule
 
-    out = Path(arguments.out)
-    if out.suffix != ".toml":
-        raise ValueError(f"--out is {arguments.out!r}, expected a name that ends in .toml")
-    quiet_bars()
-    model = locate_pipeline(arguments.model)
-    generation.check_pipeline(model, with_image=arguments.image is not None)
-    size = choose_video(
-        model.config, frames=arguments.frames, height=arguments.height, width=arguments.width,
-        spatial_factor=model.spatial_factor,
-    )  # fmt: skip
-    image = None if arguments.image is None else generation.read_image(arguments.image)
-    requests = [
-        generation.Request(
-            prompt=prompt, size=size, steps=arguments.steps, seed=arguments.seed, guidance=arguments.guidance,
-            image=image,
-        )
-        for prompt in arguments.prompts
-    ]  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    progress.stage(f"loading {arguments.model}")
-    dtype = None if arguments.dtype is None else generation.DTYPES[arguments.dtype]
-    setting = generation.Setting(dtype=dtype, offload=arguments.offload, vae_tiling=arguments.vae_tiling)
-    place = generation.choose_device(arguments.device)
-    pipe = generation.open_pipeline(model, setting, device=place, size=size, tell=note(progress))
-    notes = list(filter(None, [generation.dtype_warning(model, setting, place)]))
-    warn(notes, progress)
+    out = check_out(arguments)
+    opened = open_pipeline(arguments, progress)
     state = out.with_suffix(".npz")
-    total = 2 * len(requests) * arguments.steps
     found = find_schedule(
-        pipe,
-        requests,
+        opened.pipe,
+        opened.requests,
         speedup=arguments.speedup,
         tokens=arguments.tokens,
         state=state,
-        on_step=progress.steps("recording and trying", total),
+        on_step=progress.steps("recording and trying", 2 * len(opened.requests) * arguments.steps),
     )
     write_schedule(found.schedule, out)
     picture = out.with_suffix(".png")
@@ -98,7 +59,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         "error": found.schedule.error,
         "worst_error": found.worst,
         "bounds": list(found.bounds),
-        "warnings": notes,
+        "warnings": opened.notes,
     }
     return report, _render(report)
 

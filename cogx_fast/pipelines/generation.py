@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
-import inspect
 import itertools
 import statistics
 import time
@@ -24,7 +22,7 @@ from cogx_fast.pipelines.accelerate import tell_scheduler
 from cogx_fast.pipelines.locate import Model, read_stored_weights
 from cogx_fast.pipelines.memory import OFFLOADS, estimate, place
 from cogx_fast.pipelines.shared_decode import share_decode, without_decode
-from cogx_fast.sizes import VideoSize, count_tokens, latent_frames
+from cogx_fast.sizes import VideoSize, latent_frames
 from cogx_fast.video.files import Frames
 from cogx_fast.weights.headers import FLOATING
 from cogx_fast.weights.sources import resolve
@@ -224,8 +222,7 @@ def open_pipeline(
         tell_scheduler(pipe)
         share_decode(pipe, setting.parallel)
     if size is not None and is_laid_out:
-        tokens = count_tokens(model.config, size, spatial_factor=model.spatial_factor)
-        needs = estimate(pipe, tokens, size)
+        needs = estimate(pipe, model.tokens(size), size)
         laid_out = place(pipe, device, needs, kind=setting.offload, vae_tiling=setting.vae_tiling)
         tell(laid_out.reason)
         kind = laid_out.kind
@@ -262,15 +259,6 @@ def stored_dtype(model: Model) -> torch.dtype:
     if dtype is None:
         raise ValueError(f"{model.name!r} does not say in which dtype to run diffusers' transformer: give one (bf16)")
     return dtype
-
-
-def takes_quant(recipe: str | None = None) -> bool:
-    """Whether ``cogx_fast.load`` quantizes, and whether the ``quant`` package has that recipe."""
-    from cogx_fast.loading import load
-
-    if "quant" not in inspect.signature(load).parameters:
-        return False
-    return recipe is None or (importlib.resources.files("quant") / "recipes" / f"{recipe}.toml").is_file()
 
 
 def quiet(pipe: Any) -> Any:
@@ -370,6 +358,22 @@ def run_pipeline(
     )
 
 
+def count_steps(on_step: Callable[[int], None] | None, done: int = 0) -> Callable[[int], None]:
+    """An ``on_step`` for several runs of ``run_pipeline``, which tells the given one the steps done in all of them.
+
+    Args:
+        on_step: called with that number; None: nobody is told.
+        done: steps done before.
+    """
+    numbers = itertools.count(done + 1)
+
+    def count(_: int) -> None:
+        if on_step is not None:
+            on_step(next(numbers))
+
+    return count
+
+
 def median_step(runs: Sequence[Run]) -> float | None:
     """The median denoising step of all runs in seconds, without each run's first; None if there was no other."""
     steps = [seconds for run in runs for seconds in run.steps]
@@ -383,6 +387,6 @@ def _synchronize(device: torch.device) -> None:
 
 __all__ = [
     "DTYPES", "OURS", "UPSTREAM", "Request", "Run", "Setting", "TransformerName", "check_pipeline", "choose_device",
-    "dtype_warning", "is_compiled", "length_warning", "median_step", "open_pipeline", "overflow_warning", "quiet",
-    "read_image", "run_pipeline", "stored_dtype", "takes_quant", "truncation_warning",
+    "count_steps", "dtype_warning", "is_compiled", "length_warning", "median_step", "open_pipeline",
+    "overflow_warning", "quiet", "read_image", "run_pipeline", "stored_dtype", "truncation_warning",
 ]  # fmt: skip

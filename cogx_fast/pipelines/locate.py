@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cogx_fast.config import HUB_IDS, PRESETS, TransformerConfig
-from cogx_fast.sizes import RELEASED_SPATIAL_FACTOR
+from cogx_fast.sizes import RELEASED_SPATIAL_FACTOR, Tokens, VideoSize, choose_video, count_tokens
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
 from cogx_fast.weights.quantized import describe
 from cogx_fast.weights.sources import Source, find_weights
@@ -47,6 +47,18 @@ class Model:
     """Pixels along a latent pixel's side."""
     weights: Path | None = None
     """File or index of the transformer's weights, if on this machine."""
+
+    def video(self, **size: int | None) -> VideoSize:
+        """A video of that ``frames``, ``height`` and ``width``; what is None or left out is the model's own.
+
+        Raises:
+            ValueError: the model cannot make it (``sizes.choose_video``).
+        """
+        return choose_video(self.config, **size, spatial_factor=self.spatial_factor)
+
+    def tokens(self, video: VideoSize) -> Tokens:
+        """Tokens of a video that ``video`` gave."""
+        return count_tokens(self.config, video, spatial_factor=self.spatial_factor)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ def find_plan(
     Raises:
         PlanError: (a ValueError) there is nothing to look at, or the pipeline's transformer is not as said above.
     """
-    from cogx_fast.pipelines.generation import run_pipeline
+    from cogx_fast.pipelines.generation import count_steps, run_pipeline
 
     model = pipe.transformer
     if not isinstance(model, CogVideoXModel) or type(model.runner) is not Runner or model.attention_plan is not None:
@@ -99,14 +99,7 @@ def find_plan(
         model, (FULL, *candidates), dense_above=LAST_TIMESTEP * (1 - dense_part), rows=rows, block_size=block_size,
         tile=tile,
     )  # fmt: skip
-    done = 0
-
-    def count(_: int) -> None:
-        nonlocal done
-        done += 1
-        if on_step is not None:
-            on_step(done)
-
+    count = count_steps(on_step)
     for look in (observer.score_heads, observer.check_block):
         with observer.watching(look):
             for request in requests:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from cogx_fast.attention.plan_file import write_whole
 from cogx_fast.measure.devices import Device
 from cogx_fast.measure.roofline import SCHEMES, UNQUANTIZED, Part
-from cogx_fast.sizes import count_tokens
 
 if TYPE_CHECKING:
     from cogx_fast.pipelines.generation import Request
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 
 BASE = "int8-dynamic"
 """The recipe whose quantized linears are searched over, and whose reasons to skip the others are kept."""
-DEFAULT_SCHEMES = ("int8-dynamic", "fp8-dynamic", "int8-weight-only", "fp8-weight-only")
 _GUIDED = 2
 
 
@@ -89,9 +86,7 @@ class State:
         """Write it, whole or not at all."""
         errors = {"|".join(pair): asdict(each) for pair, each in self.errors.items()}
         text = json.dumps({"key": self.key, "errors": errors, "mixes": self.mixes}, indent=1)
-        hidden = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        hidden.write_text(text, encoding="utf-8")
-        hidden.replace(self.path)
+        write_whole(self.path, text)
 
 
 def calibrate(
@@ -105,18 +100,10 @@ def calibrate(
         samples: how many to keep, about.
         on_step: told the number of steps done.
     """
-    from cogx_fast.pipelines.generation import run_pipeline
+    from cogx_fast.pipelines.generation import count_steps, run_pipeline
     from quant.calibration import recording
 
-    done = 0
-
-    def count(_: int) -> None:
-        nonlocal done
-        done += 1
-        if on_step is not None:
-            on_step(done)
-
-    steps = sum(request.steps for request in requests)
+    count, steps = count_steps(on_step), sum(request.steps for request in requests)
     with recording(pipe.transformer, every=max(1, round(steps / samples))) as kept:
         for request in requests:
             run_pipeline(pipe, request, decode=False, on_step=count)
@@ -133,8 +120,7 @@ def find_recipe(
     tokens: Tokens,
     device: Device,
     state_path: Path,
-    schemes: Sequence[str] = DEFAULT_SCHEMES,
-    base: str | os.PathLike[str] | Recipe = BASE,
+    schemes: Sequence[str],
     by_kind: bool = False,
     on_measured: Callable[[int, int], None] | None = None,
     on_mix: Callable[[int], None] | None = None,
@@ -151,7 +137,6 @@ def find_recipe(
         device: whose stated ceilings give them.
         state_path: where what was measured is kept.
         schemes: to choose from; those that the device cannot run are left out.
-        base: which linears are searched over.
         by_kind: give the same linear of all blocks the same scheme: fewer measurements, and a recipe that fits a model
             of any depth.
         on_measured: told (done, of all) after each linear and scheme.
@@ -163,7 +148,7 @@ def find_recipe(
     import quant
     from quant import search, sensitivity
 
-    base_recipe = quant.load_recipe(base)
+    base_recipe = quant.load_recipe(BASE)
     planned = quant.plan(model, base_recipe)
     searched = tuple(fqn for fqn, choice in planned.choices.items() if choice.scheme is not None)
     groups = _groups(searched, by_kind=by_kind)
@@ -213,9 +198,11 @@ def find_recipe(
 
 def _groups(searched: Sequence[str], *, by_kind: bool) -> dict[str, list[str]]:
     """The linears that get a scheme together, by the name of the group: one, or the same of all blocks."""
+    from quant.recipe import of_all_blocks
+
     groups: dict[str, list[str]] = {}
     for fqn in searched:
-        groups.setdefault(re.sub(r"\.\d+\.", ".*.", fqn, count=1) if by_kind else fqn, []).append(fqn)
+        groups.setdefault(of_all_blocks(fqn) if by_kind else fqn, []).append(fqn)
     return groups
 
 
@@ -288,16 +275,4 @@ def finite_db(error: float) -> float | None:
     return -10 * math.log10(error) if 0 < error < math.inf else None
 
 
-__all__ = [
-    "BASE",
-    "DEFAULT_SCHEMES",
-    "Outcome",
-    "SearchError",
-    "State",
-    "calibrate",
-    "count_tokens",
-    "estimated_cost",
-    "find_recipe",
-    "finite_db",
-    "stored_bytes",
-]  # fmt: skip
+__all__ = ["Outcome", "SearchError", "calibrate", "find_recipe", "finite_db", "stored_bytes"]

@@ -76,7 +76,7 @@ def find_schedule(
         StepCacheError: (a ValueError) the pipeline or the requests are not as said above, or the file is of another
             search.
     """
-    from cogx_fast.pipelines.generation import run_pipeline
+    from cogx_fast.pipelines.generation import count_steps, run_pipeline
 
     model = pipe.transformer
     plain = isinstance(model, CogVideoXModel) and type(model.runner) is Runner and model.runner.slots == Slots()
@@ -88,14 +88,7 @@ def find_schedule(
     whole = math.ceil(steps / speedup) if 1 < speedup <= steps else steps
     if whole == steps:
         raise StepCacheError(f"speedup is {speedup:g} with {steps} steps, expected more than 1, and at most {steps}")
-    done = 0
-
-    def count(_: int) -> None:
-        nonlocal done
-        done += 1
-        if on_step is not None:
-            on_step(done)
-
+    count = count_steps(on_step)
     recorded = _Recorded.open(state, _key(model, pipe, requests, tokens), steps)
     for request in requests[len(recorded.latents) :]:
         recorder = _Recorder(request.guidance, tokens, recorded.products)
@@ -106,7 +99,7 @@ def find_schedule(
             model.runner = Runner()
         recorded.latents.append(latents.numpy())
         recorded.save(state)
-    done = steps * len(requests)
+    count = count_steps(on_step, steps * len(requests))
     pipe.scheduler.set_timesteps(steps)  # nothing has run yet, where all was recorded before
     reaches = _reaches(pipe.scheduler, steps)
     costs = _costs(recorded.products, reaches)

@@ -108,13 +108,10 @@ def test_it_closes_with_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert [(each["identical"], each["psnr_db"]) for each in facts["columns"][1:]] == [(True, None), (False, 31.26)]
 
 
-def test_int8_is_a_column_where_it_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_is_a_column_of_a_compiled_demo() -> None:
     def names(*, compile: bool = True) -> list[str]:
         return list(module.settings(dtype=torch.float32, compile=compile))
 
-    monkeypatch.setattr(module, "takes_quant", lambda _: False)
-    assert names() == ["diffusers", "cogx_fast"]
-    monkeypatch.setattr(module, "takes_quant", lambda recipe: recipe == "int8-dynamic")
     assert names() == ["diffusers", "cogx_fast", "cogx_fast, int8"]
     assert names(compile=False) == ["diffusers", "cogx_fast"]
     assert module.settings(dtype=torch.float32)["cogx_fast, int8"].quant == "int8-dynamic"

@@ -19,7 +19,6 @@ from cogx_fast.pipelines.generation import (
     open_pipeline,
     overflow_warning,
     run_pipeline,
-    takes_quant,
 )
 from cogx_fast.pipelines.locate import locate_pipeline
 from cogx_fast.sizes import VideoSize
@@ -113,12 +112,3 @@ def test_settings_that_cannot_be() -> None:
         Setting(transformer="diffusers", attention="sdpa")
     with pytest.raises(ValueError, match="quant is 'int8-dynamic', which diffusers' transformer does not take"):
         Setting(transformer="diffusers", quant="int8-dynamic")
-
-
-def test_quantization_is_offered_where_load_and_quant_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(source: str, *, quant: str | None = None) -> None:
-        """As it will be."""
-
-    monkeypatch.setattr("cogx_fast.loading.load", load)
-    assert takes_quant()
-    assert not takes_quant("no-such-recipe")
