@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from benchmarks import ROOT
 from cogx_fast.measure import contest
 
-ROOT = Path(__file__).resolve().parents[1]
 HISTORY = ROOT / "out" / "benchmarks" / "history.jsonl"
 """Not committed: a file that every run changes would make every next run a dirty one. What matters goes to results/."""
 _GPU_FACTS = (

@@ -95,6 +95,11 @@ def read(path: Path) -> dict[tuple[str, str], Row]:
     return rows
 
 
+def versions_of(table: Mapping[tuple[str, str], Row]) -> dict[str, str]:
+    """The versions for which a table holds."""
+    return {row.metric: row.value for row in table.values() if row.case == VERSIONS}
+
+
 def write(path: Path, versions: Mapping[str, str], rows: Iterable[Row]) -> None:
     """A table that holds under these versions."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -124,7 +129,7 @@ def compare(
         margins: of new rows, by metric; 0 if not named.
     """
     verdict = Verdict()
-    recorded = _versions(expected)
+    recorded = versions_of(expected)
     if recorded and recorded != dict(versions):
         verdict.not_binding = f"the table holds for {_words(recorded)}, here is {_words(versions)}"
         return verdict
@@ -172,7 +177,7 @@ def record(
         margins: of new rows, by metric; 0 if not named.
     """
     before = read(path) if path.is_file() else {}
-    if _versions(before) != dict(versions):
+    if versions_of(before) != dict(versions):
         before = {}
     places = {name: place for place, name in enumerate(order)}
     kept = [row for row in before.values() if row.case not in {VERSIONS, *measured}]
@@ -184,10 +189,6 @@ def record(
             found[place] = dataclasses.replace(row, margin=margin)
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, versions, sorted(found, key=lambda row: places.get(row.case, len(places))))
-
-
-def _versions(table: Mapping[tuple[str, str], Row]) -> dict[str, str]:
-    return {row.metric: row.value for row in table.values() if row.case == VERSIONS}
 
 
 def _changed(expected: Mapping[tuple[str, str], Row], case: str, seen: Mapping[str, int | float | str]) -> list[str]:

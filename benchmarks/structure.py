@@ -172,10 +172,7 @@ def check(found: Found, expected: Path = EXPECTED) -> gate.Verdict:
 
 def accept(found: Found, expected: Path = EXPECTED) -> None:
     """Record what was found; other cases keep theirs, unless they were recorded with other versions."""
-    same = expected.is_file() and all(
-        gate.read(expected).get((gate.VERSIONS, name)) == gate.Row(gate.VERSIONS, name, version)
-        for name, version in versions().items()
-    )
+    same = expected.is_file() and gate.versions_of(gate.read(expected)) == versions()
     gate.record(expected, versions(), {name: metrics(item) for name, item in found.items()}, {}, order=CASES)
     listed = _read_kernels(expected) if same else {}
     listed |= {name: kernels(item) for name, item in found.items()}

@@ -11,8 +11,8 @@ kernels, library calls, the attention kernel, bytes moved, operations, registers
 """
 
 from benchmarks.codegen.cases import CASES, Case
-from benchmarks.codegen.devices import DEVICES, Device
 from benchmarks.codegen.report import CodegenError, Report
 from benchmarks.codegen.run import report, reports, unavailable
+from cogx_fast.measure.devices import DEVICES, Device
 
 __all__ = ["CASES", "DEVICES", "Case", "CodegenError", "Device", "Report", "report", "reports", "unavailable"]

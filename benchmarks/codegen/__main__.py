@@ -12,15 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import gate
+from benchmarks import ROOT, gate
 from benchmarks.codegen import table
 from benchmarks.codegen.cases import CASES, cases
-from benchmarks.codegen.devices import DEVICES, get_device
 from benchmarks.codegen.report import CodegenError, Report
 from benchmarks.codegen.run import reports
+from cogx_fast.measure.devices import DEVICES, get_device
 
-EXPECTED = Path(__file__).resolve().parents[1] / "expected" / "codegen.csv"
-RESULTS = EXPECTED.parents[1] / "results"
+EXPECTED = ROOT / "benchmarks" / "expected" / "codegen.csv"
+RESULTS = ROOT / "benchmarks" / "results"
 GATED_DEVICE = "h100"
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
-from benchmarks.codegen.devices import DEVICES, Device
+from cogx_fast.measure.devices import DEVICES, Device
 
 Sdpa = Literal["cudnn", "flash", "efficient"]
 MODELS = ("2b", "5b", "1.5-5b")

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.codegen import resources
-from benchmarks.codegen.devices import Device
 from benchmarks.codegen.report import CodegenError
+from cogx_fast.measure.devices import Device
+from cogx_fast.measure.explain.capture import listening
 from cogx_fast.runtime.candidates import candidates
 
 CONFIG = {
@@ -245,12 +246,13 @@ def compile_only(
     Returns:
         What was captured.
     """
-    from torch._inductor import metrics
+    from torch._inductor import compile_fx, metrics
 
     capture = Capture()
     torch._dynamo.reset()
     metrics.reset()
-    with lowering(capture, examine, options), _counting_bytes():
+    counting_bytes = listening(compile_fx.inductor_metrics_log, logging.NullHandler(), logging.INFO)
+    with lowering(capture, examine, options), counting_bytes:
         compiler(capture)(module, dynamic=False)(*arguments)
     capture.inductor_bytes = metrics.num_bytes_accessed
     return capture
@@ -317,24 +319,6 @@ def _stand_in(outputs: list[Any]) -> Any:
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
-
-
-@contextlib.contextmanager
-def _counting_bytes() -> Iterator[None]:
-    """Inductor counts bytes only while this logger listens."""
-    from torch._inductor import compile_fx
-
-    log = compile_fx.inductor_metrics_log
-    level, propagates, quiet = log.level, log.propagate, logging.NullHandler()
-    log.addHandler(quiet)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        log.removeHandler(quiet)
-        log.setLevel(level)
-        log.propagate = propagates
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from benchmarks.codegen.devices import Device
+from cogx_fast.measure.devices import Device
 
 Kind = Literal["pointwise", "reduction", "persistent", "template", "extern"]
 

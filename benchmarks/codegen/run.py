@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ROOT
 from benchmarks.codegen import shim
 from benchmarks.codegen.cases import Case
-from benchmarks.codegen.devices import get_device
 from benchmarks.codegen.report import CodegenError, Report
+from cogx_fast.measure.devices import get_device
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS_A_CASE = 300
 
 

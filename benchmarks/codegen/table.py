@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.codegen.devices import Device
 from benchmarks.codegen.report import Launch, Report
+from cogx_fast.measure.devices import Device
 
 PEER = "diffusers"
 COLUMNS = (

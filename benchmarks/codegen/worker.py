@@ -22,8 +22,9 @@ import torch
 
 from benchmarks.codegen import inductor, resources, shim
 from benchmarks.codegen.cases import Case
-from benchmarks.codegen.devices import Device, get_device
 from benchmarks.codegen.report import Candidate, CodegenError, Kind, Launch, Report
+from cogx_fast.measure.devices import Device, get_device
+from cogx_fast.measure.dtypes import default_dtype
 from cogx_fast.measure.explain import traffic
 
 _CALL = re.compile(r"^\s+(?:\w+ = )?(?:(triton_\w+)\.run|extern_kernels\.(\w+)|torch\.ops\.(\w+\.\w+)\.\w+)\(", re.M)
@@ -65,17 +66,13 @@ def compile_case(case: Case, device: str, *, real: bool) -> Report:
 
     if not real:
         inductor.state_sdpa(case.sdpa)
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, case.dtype))
-    try:
-        with contextlib.nullcontext() if real else FakeTensorMode(), torch.no_grad():
-            with torch.device("cuda"):
-                module, arguments = case.make()
-            start = time.perf_counter()
-            capture = inductor.compile_only(module, arguments, traffic.count, case.options)
-            seconds = time.perf_counter() - start
-    finally:
-        torch.set_default_dtype(dtype)
+    fake = contextlib.nullcontext() if real else FakeTensorMode()
+    with fake, default_dtype(getattr(torch, case.dtype)), torch.no_grad():
+        with torch.device("cuda"):
+            module, arguments = case.make()
+        start = time.perf_counter()
+        capture = inductor.compile_only(module, arguments, traffic.count, case.options)
+        seconds = time.perf_counter() - start
     if len(capture.graphs) != 1:
         raise CodegenError(f"{case.name} made {len(capture.graphs)} graphs, expected 1")
     report = Report(

@@ -24,7 +24,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import ROOT
+
 LEAST_SECONDS = 20
 LIMIT_SECONDS = 240
 NO_TIME = "no time left"

@@ -14,8 +14,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import gate
-from benchmarks.environment import ROOT
+from benchmarks import ROOT, gate
 from benchmarks.gpu import measure, suite
 from benchmarks.gpu.cases import MODELS, RECIPES, SPARSE, Case
 from cogx_fast.measure.devices import DEVICES, GIGA, TERA

@@ -25,7 +25,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import ROOT
+
 WANTED = ("diffusers", "torchao", "safetensors", "numpy", "psutil", "pytest", "pytest-benchmark", "pytest-timeout",
           "matplotlib", "pillow")  # fmt: skip
 """What the package, the gate and the tests marked gpu import, beside torch."""

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import gate
-from benchmarks.codegen.devices import DEVICES, get_device
 from benchmarks.codegen.report import CodegenError
 from benchmarks.numerics import report, run
 from benchmarks.numerics.cases import CASES, SHORT
 from benchmarks.numerics.faults import FAULTS
 from benchmarks.numerics.report import Result
+from cogx_fast.measure.devices import DEVICES, get_device
 
 EXPECTED = Path(__file__).resolve().parents[1] / "expected" / "numerics.csv"
 RECORDED_DEVICE = "h100"
@@ -62,12 +62,9 @@ def _faults(names: Sequence[str], device: str) -> int:
 
 def accept(found: Sequence[Result], expected: Path = EXPECTED) -> None:
     """Record results; other cases keep theirs, unless they were recorded with other versions or are no more."""
-    recorded = gate.read(expected) if expected.is_file() else {}
-    before = {row.metric: row.value for row in recorded.values() if row.case == gate.VERSIONS}
-    now = {result.case for result in found}
-    kept = [row for row in recorded.values() if before == versions() and _case(row) in CASES and _case(row) not in now]
-    order = {name: place for place, name in enumerate(CASES)}
-    gate.write(expected, versions(), sorted([*kept, *report.rows(found)], key=lambda row: order[_case(row)]))
+    order = [f"{name} {size}" for name, case in CASES.items() for size in sorted(map(str, case.sizes))]
+    margins = {name: str(margin) for name, margin in report.MARGINS.items()}
+    gate.record(expected, versions(), report.measured(found), report.notes(found), order=order, margins=margins)
 
 
 def versions() -> dict[str, str]:
@@ -76,11 +73,6 @@ def versions() -> dict[str, str]:
     import triton
 
     return {"torch": torch.__version__.partition("+")[0], "triton": triton.__version__}
-
-
-def _case(row: gate.Row) -> str:
-    """Without the size."""
-    return row.case.partition(" ")[0]
 
 
 def _parser() -> argparse.ArgumentParser:

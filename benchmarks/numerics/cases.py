@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.codegen.cases import INT8_OPTIONS, quantize_block
 from benchmarks.codegen.cases import Case as CodegenCase
-from benchmarks.codegen.devices import Device
+from cogx_fast.measure.devices import Device
 from cogx_fast.model.layers import patchify, unpatchify
 
 Part = Literal["block", "begin", "head"]

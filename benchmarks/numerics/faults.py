@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.codegen.devices import Device
 from benchmarks.numerics.cases import CASES
 from benchmarks.numerics.kernels import ChangedInput, Edit, NotInTheCode, Settings
 from benchmarks.numerics.measure import Prepared, judge, prepare, run
 from benchmarks.numerics.report import Figures, wrong
+from cogx_fast.measure.devices import Device
 
 
 @dataclass(frozen=True, kw_only=True)

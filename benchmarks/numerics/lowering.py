@@ -6,7 +6,6 @@ input of its graphs the first one's value is looked up.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -141,15 +140,4 @@ def _captured(function: Any) -> tuple[Any, ...]:
     return tuple(cell.cell_contents for cell in cells)
 
 
-@contextlib.contextmanager
-def default_dtype(name: str) -> Iterator[torch.dtype]:
-    """Floating-point tensors are made in it meanwhile."""
-    before, dtype = torch.get_default_dtype(), getattr(torch, name)
-    torch.set_default_dtype(dtype)
-    try:
-        yield dtype
-    finally:
-        torch.set_default_dtype(before)
-
-
-__all__ = ["Call", "Lowered", "default_dtype"]
+__all__ = ["Call", "Lowered"]

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.codegen import inductor
-from benchmarks.codegen.devices import Device
 from benchmarks.codegen.report import CodegenError
 from benchmarks.numerics import kernels, plain
 from benchmarks.numerics.cases import Case, Size, without_values
 from benchmarks.numerics.kernels import Outcome, Settings
-from benchmarks.numerics.lowering import Call, Lowered, default_dtype
+from benchmarks.numerics.lowering import Call, Lowered
 from benchmarks.numerics.report import Figures, Result
+from cogx_fast.measure.devices import Device
+from cogx_fast.measure.dtypes import default_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ def prepare(case: Case, device: Device) -> Iterator[Prepared]:
     """Lower a case; each of its sizes in turn, none run."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with default_dtype(case.dtype):
+    with default_dtype(getattr(torch, case.dtype)):
         model = case.model()
         wide = copy.deepcopy(model)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -127,7 +128,7 @@ def prepare(case: Case, device: Device) -> Iterator[Prepared]:
         inductor.state_sdpa(case.sdpa_of(device))
         with ExitStack() as stack:
             stack.enter_context(mode)
-            stack.enter_context(default_dtype(case.dtype))
+            stack.enter_context(default_dtype(getattr(torch, case.dtype)))
             fakes = without_values(arguments)
             lowered.pair(arguments, fakes)
             call = lowered.call(compiled, fakes)

@@ -119,13 +119,6 @@ def notes(results: Sequence[Result]) -> gate.Measured:
     return {result.name: {"source": result.source} for result in results}
 
 
-def rows(results: Sequence[Result]) -> list[gate.Row]:
-    """The rows that would hold exactly this."""
-    found = gate.rows(measured(results), notes(results))
-    margins = {name: str(margin) for name, margin in MARGINS.items()}
-    return [dataclasses.replace(row, margin=margins.get(row.metric, row.margin)) for row in found]
-
-
 def check(
     results: Sequence[Result], expected: Mapping[tuple[str, str], gate.Row], versions: Mapping[str, str]
 ) -> gate.Verdict:
@@ -160,5 +153,5 @@ def _held(name: str, number: float) -> float:
 
 __all__ = [
     "EAGER_MARGIN", "FP32_LIMIT", "MARGINS", "Figures", "Result", "check", "is_exact", "measured", "notes",
-    "recorded_figures", "rows", "text", "wrong",
+    "recorded_figures", "text", "wrong",
 ]  # fmt: skip

@@ -11,15 +11,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from benchmarks import gate
-from benchmarks.codegen.devices import DEVICES, Device
+from benchmarks import ROOT, gate
 from benchmarks.codegen.report import CodegenError, Report
 from benchmarks.codegen.run import ask
 from benchmarks.numerics.cases import CASES, Case
+from cogx_fast.measure.devices import DEVICES, Device
 
-ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = ROOT / "benchmarks" / "expected" / "gpu-support.csv"
 DOCS = ROOT / "docs" / "gpu-support.md"
 COMPILES = "compiles"

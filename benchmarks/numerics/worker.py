@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.codegen import inductor, shim
-from benchmarks.codegen.devices import Device, get_device
+from cogx_fast.measure.devices import Device, get_device
 
 
 def main(request: Mapping[str, Any], out: Path) -> None:

@@ -15,6 +15,7 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.extras import require
 from cogx_fast.loading import load
 from cogx_fast.measure import costs, timing
+from cogx_fast.measure.dtypes import default_dtype
 from cogx_fast.model.tables import rotary_tables
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.sizes import Tokens
@@ -92,14 +93,9 @@ def run(model: Any, arguments: Mapping[str, Any]) -> Tensor:
 def random_upstream(work: Work) -> Any:
     """A transformer of diffusers' with random weights, the same every time, made on its device at once."""
     upstream = require("diffusers", why="to be compared with").CogVideoXTransformer3DModel
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(work.dtype)
-    try:
-        with torch.random.fork_rng(), torch.device(work.device):
-            torch.manual_seed(0)
-            return upstream(**work.config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.random.fork_rng(), torch.device(work.device), default_dtype(work.dtype):
+        torch.manual_seed(0)
+        return upstream(**work.config).eval().requires_grad_(False)
 
 
 def call_arguments(

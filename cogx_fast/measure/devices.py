@@ -236,4 +236,6 @@ def find_device(name: str) -> Device | None:
     return next((device for device in DEVICES.values() if device.name == name), None)
 
 
-__all__ = ["DEVICES", "GIGA", "PCIE_SHARE", "PCIE_X16", "TERA", "Device", "find_device", "get_device"]
+__all__ = [
+    "DEVICES", "GIB", "GIGA", "KIB", "MIB", "PCIE_SHARE", "PCIE_X16", "TERA", "Device", "find_device", "get_device"
+]  # fmt: skip

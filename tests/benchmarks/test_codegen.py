@@ -12,11 +12,11 @@ import torch
 from benchmarks import gate
 from benchmarks.codegen import DEVICES, CodegenError, Report, __main__, inductor, run, shim, table, worker
 from benchmarks.codegen.cases import CASES, INT8_OPTIONS, MODELS, RECIPES, Case
-from benchmarks.codegen.devices import get_device
 from benchmarks.codegen.report import Candidate, Launch
 from cogx_fast import sizes
 from cogx_fast.config import PRESETS
 from cogx_fast.measure import costs
+from cogx_fast.measure.devices import get_device
 
 pytestmark = pytest.mark.timeout(900)  # one test of many waits for the process that compiles for all of them
 Planted = dict[str, "Report | str"]

@@ -156,9 +156,10 @@ def test_one_prompt_gives_one_row_of_the_contact_sheet(tmp_path: Path) -> None:
 ON_A_DESCRIBED_GPU = """
 import ctypes, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from benchmarks.codegen import devices, inductor, shim
+from benchmarks.codegen import inductor, shim
 from benchmarks.tiny import transformer as stage, vae as vae_stage
 from cogx_fast.assets import digits
+from cogx_fast.measure import devices
 
 if torch.version.cuda is None:
     ctypes.CDLL(str(shim.guard()))

@@ -22,6 +22,7 @@ import torch
 
 from cogx_fast.measure.explain import traffic
 from cogx_fast.measure.explain.report import Break, Graph, Kernel, Recompile
+from cogx_fast.runtime.recompiles import told_of_compilation
 
 PHASES = ("dynamo", "aot", "inductor", "build")
 _SERIAL = re.compile(r"_\d+$")
@@ -162,15 +163,9 @@ class Capture:
     def watching(self) -> Iterator[None]:
         """Watch, and leave the process's flags and counters as they were."""
         from torch._dynamo import config as dynamo_config
-        from torch._dynamo.callback import callback_handler
+        from torch._dynamo.symbolic_convert import graph_break_log
         from torch._functorch import config as functorch_config
         from torch._inductor import config
-
-        def start(_: Any) -> None:
-            self.clock.enter("dynamo")
-
-        def end(_: Any) -> None:
-            self.clock.leave()
 
         with contextlib.ExitStack() as stack:
             counters = stack.enter_context(_kept_counters())
@@ -181,13 +176,10 @@ class Capture:
                 stack.enter_context(dynamo_config.patch(allow_ignore_mark_dynamic=True))
             stack.enter_context(self._lowering())
             stack.enter_context(unbacked_sizes_of_fake_tensors())
-            stack.enter_context(_listening(self._heard_of_a_break))
+            stack.enter_context(listening(graph_break_log, _Listener(self._heard_of_a_break), logging.DEBUG))
             self.called([])
             self.recompiles.clear()
-            callback_handler.register_start_callback(start)
-            stack.callback(callback_handler.remove_start_callback, start)
-            callback_handler.register_end_callback(end)
-            stack.callback(callback_handler.remove_end_callback, end)
+            stack.enter_context(told_of_compilation(lambda _: self.clock.enter("dynamo"), lambda _: self.clock.leave()))
             yield
             self.bypassed = counters["aot_autograd"]["autograd_cache_bypass"]
 
@@ -351,26 +343,31 @@ def unbacked_sizes_of_fake_tensors() -> Iterator[None]:
         setattr(patched, name, original)
 
 
+class _Listener(logging.Handler):
+    """Hands on what is logged."""
+
+    def __init__(self, heard: Callable[[str], None]) -> None:
+        super().__init__()
+        self._heard = heard
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._heard(record.getMessage())
+
+
 @contextlib.contextmanager
-def _listening(heard: Callable[[str], None]) -> Iterator[None]:
-    """Hear what Dynamo logs of graph breaks, which it keeps to itself unless someone listens."""
-    import torch._dynamo.symbolic_convert
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            heard(record.getMessage())
-
-    log, listener = torch._dynamo.symbolic_convert.graph_break_log, Listener()
-    level, propagates = log.level, log.propagate
+def listening(log: logging.Logger, listener: logging.Handler, level: int) -> Iterator[None]:
+    """Hear what is logged from that level on, which nobody else does meanwhile: torch counts and explains some things
+    only while someone listens."""
+    before, propagates = log.level, log.propagate
     log.addHandler(listener)
-    log.setLevel(logging.DEBUG)
+    log.setLevel(level)
     log.propagate = False
     try:
         yield
     finally:
         log.removeHandler(listener)
-        log.setLevel(level)
+        log.setLevel(before)
         log.propagate = propagates
 
 
-__all__ = ["PHASES", "Capture", "Clock", "unbacked_sizes_of_fake_tensors"]
+__all__ = ["PHASES", "Capture", "Clock", "listening", "unbacked_sizes_of_fake_tensors"]

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from cogx_fast.measure.dtypes import default_dtype
 from cogx_fast.measure.explain.capture import Capture
 from cogx_fast.measure.explain.rehearsal import Rehearsal
 from cogx_fast.measure.explain.report import CacheUse, Explanation, Size
 from cogx_fast.runtime.step_cache import StepCache
+from cogx_fast.runtime.tensors import plain_tensors
 from cogx_fast.sizes import choose_video, default_video, padded_latent_frames
 
 if TYPE_CHECKING:
@@ -112,30 +113,25 @@ def empty_model(
 
     from cogx_fast.runtime.module import CogVideoXModel
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-            model = CogVideoXModel(config, attention=attention).eval()
-            if recipe is not None:
-                from torchao.quantization import quantize_
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), default_dtype(dtype):
+        model = CogVideoXModel(config, attention=attention).eval()
+        if recipe is not None:
+            from torchao.quantization import quantize_
 
-                from quant.apply import linears, plan
+            from quant.apply import linears, plan
 
-                shapes = [(name, (linear.out_features, linear.in_features)) for name, linear in linears(model)]
-                quantize_(model, plan(shapes, recipe, device=device).to_torchao(), filter_fn=None)
-            return model
-    finally:
-        torch.set_default_dtype(before)
+            shapes = [(name, (linear.out_features, linear.in_features)) for name, linear in linears(model)]
+            quantize_(model, plan(shapes, recipe, device=device).to_torchao(), filter_fn=None)
+        return model
 
 
 def weight_bytes(model: torch.nn.Module) -> dict[str, int]:
     """Bytes of parameters and buffers by dtype, or by the type of quantized ones; the largest share first."""
     sizes: Counter[str] = Counter()
     for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
-        parts = _parts(tensor)
+        parts = plain_tensors(tensor)
         name = str(tensor.dtype).removeprefix("torch.") if len(parts) == 1 else type(tensor.data).__name__
-        sizes[name] += sum(part.numel() * part.itemsize for part in parts)
+        sizes[name] += sum(part.nbytes for part in parts)
     return dict(sizes.most_common())
 
 
@@ -222,14 +218,6 @@ def _arguments(model: CogVideoXModel, video: Size, factor: int) -> dict[str, Any
         if config.ofs_embed_dim is not None:
             arguments["ofs"] = torch.full((1,), 2.0, dtype=model.dtype)
     return arguments
-
-
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that a weight is kept in."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return [tensor]
-    return [part for name in flatten()[0] for part in _parts(getattr(tensor, name))]
 
 
 __all__ = ["empty_model", "explain", "fake_copy", "weight_bytes"]
