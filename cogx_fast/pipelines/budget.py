@@ -23,6 +23,7 @@ from cogx_fast.pipelines.memory import SPARE, WORDS, Needs, estimate, gib, phase
 from cogx_fast.runtime.runner import compute_all
 from cogx_fast.runtime.streaming import SLOTS
 from cogx_fast.sizes import Tokens, VideoSize, count_tokens, default_video
+from cogx_fast.weights.live import model_config
 from cogx_fast.weights.quantized import is_quantized
 
 RECIPE = "int8-weight-only"
@@ -187,7 +188,7 @@ def foresee(
     from cogx_fast.runtime.module import CogVideoXModel
 
     given = pipe.transformer
-    config = TransformerConfig(**{name: given.config[name] for name in TransformerConfig.__dataclass_fields__})
+    config = model_config(given)
     with torch.device("meta"):
         model = torch.nn.Module.to(CogVideoXModel(config), dtype or given.dtype)
     parts = {**pipe.components, "transformer": model}

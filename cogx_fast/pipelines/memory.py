@@ -13,7 +13,9 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.runtime.streaming import SLOTS, stream_blocks
 from cogx_fast.runtime.symbols import quantizes_activations
+from cogx_fast.runtime.tensors import plain_tensors
 from cogx_fast.sizes import Tokens, VideoSize
+from cogx_fast.weights.live import model_config
 
 OFFLOADS = ("none", "model", "blocks", "sequential")
 """Everything on the GPU; each part while it computes; the same with the transformer's blocks streamed and its schedule
@@ -131,7 +133,7 @@ def step_bytes(transformer: Any, tokens: Tokens, *, batch: int = 2) -> int:
     from cogx_fast.pipelines.peaks import step_peak  # made of private parts of torch
 
     is_ours = isinstance(transformer, CogVideoXTransformer)
-    config = TransformerConfig(**{name: transformer.config[name] for name in TransformerConfig.__dataclass_fields__})
+    config = model_config(transformer)
     build = None if is_ours else type(transformer).from_config
     needed = step_peak(config, tokens, batch=batch, dtype=transformer.dtype, build=build)
     if not any(hasattr(each, "__tensor_flatten__") for each in transformer.parameters()):
@@ -247,15 +249,7 @@ def _run_eagerly(transformer: Any) -> None:
 
 def stored_bytes(part: torch.nn.Module) -> int:
     """Bytes of a part's parameters and buffers, as they are stored."""
-    return sum(_stored(tensor) for tensor in [*part.parameters(), *part.buffers()])
-
-
-def _stored(tensor: Any) -> int:
-    """Bytes of a tensor, or of those that it is made of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return int(tensor.numel() * tensor.element_size())
-    names, _ = tensor.__tensor_flatten__()
-    return sum(_stored(getattr(tensor, name)) for name in names)
+    return sum(plain.nbytes for tensor in (*part.parameters(), *part.buffers()) for plain in plain_tensors(tensor))
 
 
 def _is_on(part: Any, device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from cogx_fast.attention.attend import attend
 from cogx_fast.attention.backends import BACKENDS, ready_backend
 from cogx_fast.attention.masks import full_block_mask
+from cogx_fast.attention.plan_file import write_whole
 from cogx_fast.runtime.candidates import drop_garbage
 
 _ROUNDS = 5
@@ -166,9 +167,7 @@ class Memory:
         """Keep it, beside what other processes kept; warns where nothing can be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({**self._read(), key: dict(measured)}, indent=1), encoding="utf-8")
-            temporary.replace(self.path)
+            write_whole(self.path, json.dumps({**self._read(), key: dict(measured)}, indent=1))
         except OSError as error:
             warnings.warn(f"the chosen attention backend cannot be remembered in {self.path}: {error}", stacklevel=4)
 

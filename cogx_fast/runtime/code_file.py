@@ -7,7 +7,6 @@ these files only from where you would take a program from.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import json
@@ -24,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from cogx_fast.config import UPSTREAM_CLASS, TransformerConfig
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -142,17 +139,11 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     }
 
 
-def hash_config(config: TransformerConfig) -> str:
-    """A name for a model's configuration."""
-    fields = {"_class_name": UPSTREAM_CLASS, **dataclasses.asdict(config)}  # without what was registered beside them
-    return _sha256(json.dumps(fields, sort_keys=True).encode())
-
-
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
 __all__ = [
-    "ArtifactError", "describe_device", "describe_versions", "differences", "hash_config", "read_artifact",
+    "ArtifactError", "describe_device", "describe_versions", "differences", "read_artifact",
     "write_artifact",
 ]  # fmt: skip

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from cogx_fast.attention.attend import Mask, Rotary
 from cogx_fast.attention.masks import full_block_mask
+from cogx_fast.attention.plan import hash_config
 from cogx_fast.model.cpu import has_int8_products
 from cogx_fast.model.products import is_int8_dynamic
 from cogx_fast.runtime.candidates import candidates
 from cogx_fast.runtime.code_file import (
     describe_device,
     describe_versions,
-    hash_config,
     write_artifact,
 )
 from cogx_fast.runtime.package import KIND, SizeRange

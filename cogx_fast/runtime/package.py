@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from cogx_fast.attention.attend import Mask, Rotary
 from cogx_fast.attention.masks import LayerBlocks
+from cogx_fast.attention.plan import hash_config
 from cogx_fast.model.cpu import has_int8_products
 from cogx_fast.runtime.attached import refuse_inside_package
 from cogx_fast.runtime.code_file import (
@@ -31,7 +32,6 @@ from cogx_fast.runtime.code_file import (
     describe_device,
     describe_versions,
     differences,
-    hash_config,
     read_artifact,
 )
 from cogx_fast.runtime.runner import CallWith, Runner, Slots

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -37,31 +37,41 @@ class CompilationStats:
 
 
 @contextmanager
+def told_of_compilation(start: Callable[[Any], None], end: Callable[[Any], None]) -> Iterator[None]:
+    """Inside the ``with`` block torch calls these when it begins to compile something, and when it is done."""
+    from torch._dynamo.callback import callback_handler
+
+    callback_handler.register_start_callback(start)
+    callback_handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(start)
+        callback_handler.remove_end_callback(end)
+
+
+@contextmanager
 def watch_compilation() -> Iterator[CompilationStats]:
     """Count what torch compiles inside the ``with`` block, in this process; the numbers are there when it ends."""
-    from torch._dynamo.callback import CallbackArgs, callback_handler
     from torch._dynamo.utils import counters
 
     stats = CompilationStats()
     started: list[float] = []
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
-    def start(args: CallbackArgs) -> None:
+    def start(args: Any) -> None:
         started.append(time.perf_counter())
         frame_compile_id = args.compile_id.rsplit("/", 1)[-1].split("_")[0]
         stats.recompiles += frame_compile_id.isdigit() and int(frame_compile_id) > 0
 
-    def end(args: CallbackArgs) -> None:
+    def end(_: Any) -> None:
         if started:  # what another thread began before was not seen
             stats.seconds += time.perf_counter() - started.pop()
 
-    callback_handler.register_start_callback(start)
-    callback_handler.register_end_callback(end)
     try:
-        yield stats
+        with told_of_compilation(start, end):
+            yield stats
     finally:
-        callback_handler.remove_start_callback(start)
-        callback_handler.remove_end_callback(end)
         stats.graphs = counters["stats"]["unique_graphs"] - graphs
         stats.breaks = sum(counters["graph_break"].values()) - breaks
 
@@ -146,25 +156,20 @@ def show_progress(what: str, stream: TextIO | None = None) -> Iterator[None]:
     if not stream.isatty():
         yield
         return
-    from torch._dynamo.callback import CallbackArgs, callback_handler
-
     tickers: list[_Ticker] = []
 
-    def start(args: CallbackArgs) -> None:
+    def start(_: Any) -> None:
         tickers.append(_Ticker(what, stream))
         tickers[-1].start()
 
-    def end(args: CallbackArgs) -> None:
+    def end(_: Any) -> None:
         if tickers:  # what another thread began before was not seen
             tickers.pop().stop()
 
-    callback_handler.register_start_callback(start)
-    callback_handler.register_end_callback(end)
     try:
-        yield
+        with told_of_compilation(start, end):
+            yield
     finally:
-        callback_handler.remove_start_callback(start)
-        callback_handler.remove_end_callback(end)
         for ticker in tickers:
             ticker.stop()
 
@@ -216,5 +221,6 @@ __all__ = [
     "RecompileWarning",
     "explain_recompile",
     "show_progress",
+    "told_of_compilation",
     "watch_compilation",
 ]

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cogx_fast.attention.plan import hash_config
 from cogx_fast.runtime.code_file import (
     ArtifactError,
     describe_device,
     describe_versions,
     differences,
-    hash_config,
     read_artifact,
     write_artifact,
 )
