@@ -15,10 +15,12 @@ from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.attention.backends import get_backend
 from cogx_fast.attention.plan_file import choose_plan
 from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
+from cogx_fast.runtime import composition
 from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.auto_attention import AttentionFor
 from cogx_fast.runtime.baked import read_schedule
-from cogx_fast.runtime.sharded import check_shards, is_asked_for
+from cogx_fast.runtime.composition import Feature
+from cogx_fast.runtime.sharded import is_asked_for
 from cogx_fast.runtime.source import check_source
 from cogx_fast.runtime.step_schedule_file import choose_strategy
 from cogx_fast.runtime.streaming import Offload, check_offload, stream_blocks
@@ -145,14 +147,15 @@ def load(
     """
     if compile_cache is not None and not compile:
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
-    check_offload(offload, compile, parallel)
-    check_shards(parallel, quant)
+    check_offload(offload)
     if schedule is not None:
         read_schedule(schedule)
-    if step_cache is not None:
-        choose_strategy(step_cache)
     if attention_plan is None:
         attention_plan = getattr(source, "attention_plan", None)
+    composition.check(_features(
+        offload=offload, parallel=parallel, compile=compile, step_cache=step_cache, plan=attention_plan,
+        attention=attention, quant=quant,
+    ))  # fmt: skip
     running = _Running(plan=attention_plan, step_cache=step_cache, parallel=parallel, compile=compile)
     model = load_weights(
         source,
@@ -184,6 +187,31 @@ def load(
 
         load_compile_cache(model, compile_cache)
     return model
+
+
+def _features(
+    *,
+    offload: str | None,
+    parallel: Any,
+    compile: bool | CompileConfig,
+    step_cache: Any,
+    plan: Any,
+    attention: str,
+    quant: Any,
+) -> composition.Features:
+    """What these options of ``load`` ask for, as far as it decides what goes together."""
+    strategy = None if step_cache is None else choose_strategy(step_cache)
+    return {
+        **composition.named(
+            None if offload is None else Feature.STREAMED,
+            None if parallel is None else Feature.PARALLEL,
+            Feature.SHARDED if is_asked_for(parallel) else None,
+            composition.feature_of(strategy),
+        ),
+        **({} if quant is None else {Feature.QUANTIZED: f"quant={quant!r}"}),
+        **composition.of_compile(None if isinstance(compile, bool) else compile),
+        **composition.of_attention([attention], has_plan=plan is not None),
+    }
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -259,7 +287,7 @@ def load_package(
     """
     from cogx_fast.runtime.package import Package
 
-    check_offload(offload, compile=False)
+    check_offload(offload)
     package = Package.read(path, device)
     model = load_weights(
         weights,

@@ -17,13 +17,13 @@ from pathlib import Path
 from benchmarks import ROOT, gate
 from benchmarks.gpu import measure, suite
 from benchmarks.gpu.cases import MODELS, RECIPES, SPARSE, Case
+from benchmarks.marked import replaced
 from cogx_fast.measure.devices import DEVICES, GIGA, TERA
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs" / "measurements.md"
 IN_README = (("2b", "5b", "1.5-5b"), ("bf16", "fp8-dynamic", "radial"))
 """Models and recipes in README's."""
-BEGIN, END = "<!-- made by `python -m benchmarks.gpu.table` -->\n", "<!-- end -->\n"
 DEVICE = DEVICES["h100"]
 COUNTED = ROOT / "benchmarks" / "expected" / "codegen.csv"
 MEASURED = suite.EXPECTED / f"{DEVICE.name.replace(' ', '-')}.csv"
@@ -123,15 +123,11 @@ def current(file: Path) -> str:
     Raises:
         ValueError: it lacks the marks between which the table stands.
     """
-    before, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{file}: expected the lines {BEGIN.strip()} and {END.strip()}")
     measured = gate.read(MEASURED) if MEASURED.is_file() else {}
     text = render(gate.read(COUNTED), measured, *(IN_README if file == README else ()))
     tables = {path.stem.replace("-", " "): gate.read(path) for path in sorted(suite.EXPECTED.glob("*.csv"))}
     text = "\n".join(part for part in (text, render_measured(tables)) if part)
-    return f"{before}{begin}\n{text}\n{end}{after}"
+    return replaced(file, "python -m benchmarks.gpu.table", text)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from cogx_fast.attention.attend import Rotary
-from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.attention.masks import SparseBlocks, sparse_blocks
 from cogx_fast.attention.windows import Pattern, block_boxes, kept_blocks, token_order
 from cogx_fast.config import TransformerConfig
@@ -30,7 +28,7 @@ from cogx_fast.model.tables import Grid
 from cogx_fast.model.transformer import CogVideoXTransformer
 
 if TYPE_CHECKING:
-    from cogx_fast.runtime.module import CogVideoXModel
+    pass
 
 FULL = Pattern(kind="full")
 LAST_TIMESTEP = 1000.0
@@ -100,8 +98,8 @@ class AttentionPlan:
         if math.isnan(self.dense_above):
             raise PlanError("dense_above must be a timestep, got NaN")
 
-    def check(self, config: TransformerConfig, model: CogVideoXModel | None = None) -> None:
-        """See that it is a plan for that configuration and model; warn where it was made with other weights.
+    def check(self, config: TransformerConfig, model: CogVideoXTransformer | None = None) -> None:
+        """See that it is a plan for that configuration; warn where it was made with other weights than the model's.
 
         Raises:
             PlanError: it is not.
@@ -117,26 +115,12 @@ class AttentionPlan:
                 f"the attention plan has {layers} layers of {heads} heads, the model {config.num_layers} of "
                 f"{config.num_attention_heads}: make one for this model with `cogx-fast plan`"
             )
-        if model is not None and model.runner.compilation is not None:
-            self.check_compiler(model.runner.compilation.config.backend)
-        for name in {} if model is None else model.attention_backends:
-            if BACKENDS[name].masks is not BlockMask:
-                raise PlanError(f"attention backend {name!r} takes no block masks, as attention plans need: use 'flex'")
         if model is not None and self.weights_hash is not None and self.weights_hash != hash_weights(model):
             warnings.warn(
                 "the attention plan was made with other weights of the same configuration: its errors are not known "
                 "for these; make one for them with `cogx-fast plan`",
                 stacklevel=3,
             )
-
-    def check_compiler(self, backend: str) -> None:
-        """See that a model with a plan is compiled by a torch.compile backend that skips blocks.
-
-        Raises:
-            PlanError: it would compute dense attention and say nothing.
-        """
-        if backend != "inductor":
-            raise PlanError(f"compile backend {backend!r} ignores attention plans: use 'inductor', or leave one out")
 
     def on_grid(self, grid: Grid, text_len: int, device: torch.device | None = None) -> GridPlan:
         """Order and masks on a grid of patches along (time, height, width), behind T = ``text_len`` text tokens."""

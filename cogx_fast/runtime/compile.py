@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from cogx_fast.model.products import is_int8_dynamic
+from cogx_fast.runtime import composition
 from cogx_fast.runtime.attached import Watch
 from cogx_fast.runtime.calls import Calls
-from cogx_fast.runtime.compiled import CompiledRunner, WholeRunner, refuse_untraceable
+from cogx_fast.runtime.compiled import CompiledRunner, WholeRunner, check_graphs
 from cogx_fast.runtime.recompiles import CompilationStats, RecompileError, RecompileWarning, watch_compilation
 from cogx_fast.runtime.runner import Runner
 from cogx_fast.runtime.symbols import Symbols
@@ -97,8 +98,9 @@ def compile_model(
         ValueError: the model runs a package.
     """
     model.runner.refuse_packaged("the model cannot be compiled")
-    if model.attention_plan is not None:
-        model.attention_plan.check_compiler(config.backend)
+    slots = model.runner.slots.eagerly()
+    attention = composition.of_attention((), has_plan=model.attention_plan is not None)
+    composition.check({**attention, **composition.of_slots(slots), **composition.of_compile(config)})
     directory = CacheDirectory()
     with directory.used():
         recorder = None
@@ -114,9 +116,8 @@ def compile_model(
             backend=recorder or config.backend,
         )
         whole = config.scope == "model"
-        slots = model.runner.slots.eagerly()
         if whole:
-            refuse_untraceable(slots)
+            check_graphs(slots)
         runner: type[CompiledRunner] = WholeRunner if whole else CompiledRunner
         model.runner = runner(
             slots,

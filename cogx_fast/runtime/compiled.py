@@ -188,7 +188,7 @@ class WholeRunner(CompiledRunner):
         Raises:
             ValueError: a value cannot be part of a graph, or takes too many.
         """
-        refuse_untraceable(slots)
+        check_graphs(slots)
         super().use(slots)
         self._with_plan = replace(self.slots, call_block=call_eagerly)
 
@@ -296,17 +296,8 @@ def own_tensors(inputs: Inputs) -> Inputs:
     )
 
 
-def refuse_untraceable(slots: Slots) -> None:
-    """Refuse to compile as one graph what decides between calls of compiled code, and step caches of many graphs.
-
-    Raises:
-        ValueError: a slot's value does, or is one.
-    """
-    if names := slots.untraceable():
-        raise ValueError(
-            f"{', '.join(names)} (a step cache by the first block, parallel, offload='blocks') decides outside of "
-            "compiled code, which a graph of the whole step cannot: use CompileConfig(scope='block')"
-        )
+def check_graphs(slots: Slots) -> None:
+    """Raise ``StepCacheError`` for a step cache that takes too many graphs of the whole step."""
     if isinstance(slots.reuse, StepCache):
         slots.reuse.check_patterns(MOST_GRAPHS)
 
@@ -334,4 +325,4 @@ def _per_video(tensor_B: Tensor) -> Tensor:
     return tensor_B.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-__all__ = ["CompiledRunner", "WholeRunner", "own_tensors", "refuse_untraceable"]
+__all__ = ["CompiledRunner", "WholeRunner", "check_graphs", "own_tensors"]

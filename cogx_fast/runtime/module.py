@@ -15,10 +15,11 @@ from cogx_fast.attention.backends import BACKENDS, UPSTREAM_NAMES, Backend, read
 from cogx_fast.attention.plan import AttentionPlan
 from cogx_fast.config import ConfigError, TransformerConfig
 from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
-from cogx_fast.runtime import step_cache
+from cogx_fast.runtime import composition, step_cache
 from cogx_fast.runtime.attached import Watch, check_own, check_processor
 from cogx_fast.runtime.auto_attention import AttentionFor, Choice, choose_attention
 from cogx_fast.runtime.baked import BakedSchedule, read_schedule
+from cogx_fast.runtime.composition import Feature
 from cogx_fast.runtime.inputs import Preparation
 from cogx_fast.runtime.quantized import follow_dtype
 from cogx_fast.runtime.runner import Runner, compute_all
@@ -26,7 +27,7 @@ from cogx_fast.runtime.sharded import check_conversion, refuse_moved, refuse_sha
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import StepSchedule
 from cogx_fast.runtime.step_schedule_file import choose_strategy
-from cogx_fast.runtime.streaming import StreamedBlocks, check_offload, kept_on_host
+from cogx_fast.runtime.streaming import kept_on_host
 from cogx_fast.weights.lora import LoraLike, read_loras
 from cogx_fast.weights.merge import Merged
 
@@ -377,6 +378,8 @@ class CogVideoXModel(CogVideoXTransformer):
         """
         self.runner.refuse_packaged("the attention plan cannot be changed")
         if plan is not None:
+            attention = composition.of_attention(self.attention_backends, has_plan=True)
+            composition.check({**self.runner.features(), **attention})
             plan.check(self.config, self)
         self.inputs.plan = plan
         self.inputs.tables.clear()
@@ -424,8 +427,8 @@ class CogVideoXModel(CogVideoXTransformer):
         """
         from cogx_fast.runtime.parallel import parallelize
 
-        if isinstance(self.runner.slots.residency, StreamedBlocks):
-            check_offload("blocks", False, parallel)
+        if parallel is not None:  # before ranks are joined
+            composition.check({**self.runner.features(), **composition.named(Feature.PARALLEL)})
         parallelize(self, parallel)
 
     def save_pretrained(

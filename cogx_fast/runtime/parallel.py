@@ -27,10 +27,10 @@ from cogx_fast.attention.exchange import Exchange
 from cogx_fast.attention.masks import SparseBlocks
 from cogx_fast.attention.plan import hash_config
 from cogx_fast.model.transformer import CogVideoXTransformer
-from cogx_fast.runtime.runner import ForBlocks, Inputs, Slots, Whole
+from cogx_fast.runtime.composition import Feature
+from cogx_fast.runtime.runner import ForBlocks, Inputs, Whole
 from cogx_fast.runtime.sharded import check_shardable, refuse_sharded, shard_blocks, sharded
 from cogx_fast.runtime.step_cache import StepCache, place_of
-from cogx_fast.runtime.step_schedule import FirstBlock
 from cogx_fast.runtime.tensors import leaves
 from cogx_fast.version import __version__
 
@@ -158,6 +158,7 @@ class Split(Whole):
         ranks: of the job.
     """
 
+    feature = Feature.PARALLEL
     is_traceable = False
     """Collectives that wait for all ranks, and checks of what they were given, stand between the blocks' graphs."""
 
@@ -170,24 +171,6 @@ class Split(Whole):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Whole, ()  # a copy is one process's own
-
-    def check(self, slots: Slots) -> None:
-        """Refuse what decides from values that differ between ranks.
-
-        Raises:
-            ValueError: a step cache decides by the first block.
-        """
-        if isinstance(slots.reuse, StepCache) and isinstance(slots.reuse.strategy, FirstBlock):
-            raise ValueError(
-                "step_cache='first-block:…' decides by values of which every rank has its own: with parallel use a "
-                "schedule ('balanced', 'teacache:0.2', …)"
-            )
-        given = getattr(getattr(slots.reuse, "strategy", None), "given", None)
-        if getattr(given, "unconditional", None) is not None:
-            raise ValueError(
-                "the step schedule takes the halves of a guided batch apart, which parallel shares out: use one "
-                "without 'unconditional'"
-            )
 
     def shard_weights(self, model: CogVideoXModel) -> None:
         """Have each rank keep its share of the blocks' weights, for good. A model on the meta device stays as it is.

@@ -17,7 +17,7 @@ V video tokens, E width of text, D model width, L layers, P values of a patch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -30,6 +30,7 @@ from cogx_fast.attention.exchange import Exchange
 from cogx_fast.attention.masks import LayerBlocks, SparseBlocks
 from cogx_fast.model.layers import patchify, unpatchify
 from cogx_fast.model.transformer import Block, CogVideoXTransformer, Conditioning
+from cogx_fast.runtime import composition
 
 if TYPE_CHECKING:
     from cogx_fast.runtime.baked import Table
@@ -130,9 +131,6 @@ Reuse = Callable[[ComputeBlocks, Tensor, int, CogVideoXTransformer, Inputs], Ten
 class Whole:
     """The whole step in this process."""
 
-    def check(self, slots: Slots) -> None:
-        """Refuse other slots' values that cannot work with this one."""
-
     def step(self, model: CogVideoXTransformer, inputs: Inputs, compute: Callable[[Inputs], Tensor]) -> Tensor:
         """The prediction for all videos: of those that this process computes, and of the others."""
         return compute(inputs)
@@ -161,11 +159,6 @@ class Slots:
     def eagerly(self) -> Slots:
         """The same, with every part computed as it stands."""
         return replace(self, begin=CogVideoXTransformer.begin, call_block=call_eagerly, head=CogVideoXTransformer.head)
-
-    def untraceable(self) -> list[str]:
-        """The slots whose values a graph of the whole step cannot hold."""
-        values = ((each.name, getattr(self, each.name)) for each in fields(self))
-        return [name for name, value in values if not getattr(value, "is_traceable", True)]
 
 
 def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs, reuse: Reuse | None = None) -> Tensor:
@@ -239,10 +232,19 @@ class Runner:
         return run(model, self.slots, inputs)
 
     def use(self, slots: Slots) -> None:
-        """Run with other slots from the next step on; ``begin``, ``call_block`` and ``head`` stay the runner's own."""
-        slots.split.check(slots)
+        """Run with other slots from the next step on; ``begin``, ``call_block`` and ``head`` stay the runner's own.
+
+        Raises:
+            ValueError: they do not go together, or with how the model is compiled (``composition``).
+        """
+        composition.check(self.features(slots))
         mine = self.slots
         self.slots = replace(slots, begin=mine.begin, call_block=mine.call_block, head=mine.head)
+
+    def features(self, slots: Slots | None = None) -> composition.Features:
+        """What decides what else goes with it: its slots (or these in their place), and how the model is compiled."""
+        compiled = None if self.compilation is None else self.compilation.config
+        return {**composition.of_slots(slots or self.slots), **composition.of_compile(compiled)}
 
     def follow_attached(self, model: CogVideoXTransformer) -> None:
         """Take note of what was attached to the model's modules, or taken away, since the last call."""

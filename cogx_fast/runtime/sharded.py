@@ -16,22 +16,15 @@ import torch
 from torch import Tensor
 
 from cogx_fast.model.transformer import Block
+from cogx_fast.runtime import composition
 from cogx_fast.runtime.attached import on_modules, refuse
+from cogx_fast.runtime.composition import Feature, ShardError
 from cogx_fast.runtime.tensors import is_wrapper
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_QUANTIZED = (
-    "shard_weights=True does not go with {}: FSDP2 cannot divide torchao's tensors. Weights in 8 bits take half of the "
-    "memory whole: use one or the other"
-)
-
 _INSTEAD = "use a pipeline without offload; its other parts may have their own (pipe.vae.enable_tiling(), …)"
-
-
-class ShardError(ValueError):
-    """Sharded weights do not go together with something else; the message says what, and what to use instead."""
 
 
 class ShardedBlocks:
@@ -42,6 +35,7 @@ class ShardedBlocks:
         digest: of the weights while they were whole (``parallel.digest_weights``).
     """
 
+    feature = Feature.SHARDED
     is_traceable = False
     """It gathers between calls of compiled code."""
 
@@ -85,19 +79,6 @@ def is_asked_for(parallel: Any) -> bool:
     return bool(getattr(parallel, "shard_weights", False))
 
 
-def check_shards(parallel: Any, quant: Any) -> None:
-    """Refuse what sharded weights do not go with, before anything is loaded.
-
-    Args:
-        parallel, quant: as of ``cogx_fast.load``.
-
-    Raises:
-        ShardError: a recipe.
-    """
-    if is_asked_for(parallel) and quant is not None:
-        raise ShardError(_QUANTIZED.format(f"quant={quant!r}"))
-
-
 def check_shardable(model: Any) -> None:
     """Refuse a model whose blocks FSDP2 cannot shard, looking at types alone: it may be on the meta device.
 
@@ -105,7 +86,7 @@ def check_shardable(model: Any) -> None:
         ShardError: its weights are quantized, or a package's.
     """
     if any(map(is_wrapper, model.transformer_blocks.parameters())):
-        raise ShardError(_QUANTIZED.format("quantized weights"))
+        composition.check({**composition.named(Feature.SHARDED), Feature.QUANTIZED: "quantized weights"})
     model.runner.refuse_packaged("shard_weights=True needs weights that can be divided")
 
 
@@ -164,6 +145,6 @@ def check_conversion(model: Any, convert: Callable[[Tensor], Tensor]) -> None:
 
 
 __all__ = [
-    "ShardError", "ShardedBlocks", "check_conversion", "check_shardable", "check_shards", "is_asked_for",
+    "ShardError", "ShardedBlocks", "check_conversion", "check_shardable", "is_asked_for",
     "refuse_moved", "refuse_sharded", "shard_blocks", "sharded",
 ]  # fmt: skip

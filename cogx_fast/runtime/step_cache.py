@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cogx_fast.runtime.composition import Feature, feature_of
 from cogx_fast.runtime.step_schedule import FirstBlock, Given, StepCacheError, StepSchedule, Strategy
 
 if TYPE_CHECKING:
@@ -222,6 +223,11 @@ class StepCache:
     def is_traceable(self) -> bool:
         """Whether what a step computes is settled before it, so that graphs of whole steps can be chosen."""
         return not isinstance(self.strategy, FirstBlock)
+
+    @property
+    def feature(self) -> Feature | None:
+        """Its strategy's."""
+        return feature_of(self.strategy)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StepCache, (self.strategy,)  # a copy begins anew

@@ -17,6 +17,7 @@ import torch
 
 from cogx_fast.attention.plan import hash_config
 from cogx_fast.config import TransformerConfig
+from cogx_fast.runtime.composition import Feature
 
 if TYPE_CHECKING:
     from cogx_fast.model.transformer import CogVideoXTransformer
@@ -193,6 +194,11 @@ class Given:
 
     given: StepSchedule
 
+    @property
+    def feature(self) -> Feature | None:
+        """What not everything goes with."""
+        return None if self.given.unconditional is None else Feature.HALVES
+
     def schedule(self, model: CogVideoXTransformer, timesteps: Sequence[float]) -> StepSchedule:
         """The schedule itself, or that adapted."""
         if len(timesteps) != self.given.steps:
@@ -357,6 +363,7 @@ class FirstBlock:
     """
 
     threshold: float
+    feature = Feature.FIRST_BLOCK
 
 
 __all__ = [

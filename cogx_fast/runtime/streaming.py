@@ -18,25 +18,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from cogx_fast.model.transformer import Block
+from cogx_fast.runtime.composition import Feature, OffloadError
 from cogx_fast.runtime.tensors import hash_block, plain_tensors, unflatten
-
-if TYPE_CHECKING:
-    from cogx_fast.runtime.compile import CompileConfig
 
 SLOTS = 2
 """One to compute from, one to copy to: copies are as fast with more, since each is the whole link's."""
 _ALIGNMENT = 256  # bytes; what CUDA's allocator and its libraries' vector loads go by
-
-
-class OffloadError(ValueError):
-    """Streamed blocks do not go together with something else; the message says what, and what to use instead."""
 
 
 class Copies(Protocol):
@@ -189,6 +183,7 @@ class StreamedBlocks:
         copies_to: how copies are made to a device.
     """
 
+    feature = Feature.STREAMED
     is_traceable = False
     """It decides between calls of compiled code."""
 
@@ -348,35 +343,11 @@ def kept_on_host(model: Any, convert: Callable[[Tensor], Tensor]) -> Iterator[No
             holder.release(elsewhere_than=model.device)
 
 
-def check_offload(offload: Any, compile: bool | CompileConfig, parallel: Any = None) -> None:
-    """Refuse what streamed blocks do not go with, before anything is loaded.
-
-    Args:
-        offload, compile, parallel: as of ``cogx_fast.load``.
-
-    Raises:
-        OffloadError: another kind of offload, a graph of the whole step, or steps that are shared.
-    """
-    if offload is None:
-        return
-    if offload != "blocks":
+def check_offload(offload: Any) -> None:
+    """Raise ``OffloadError`` for another kind of offload than the one that there is."""
+    if offload not in (None, "blocks"):
         raise OffloadError(
             f"offload is {offload!r}, expected 'blocks' or None (pipelines have enable_model_cpu_offload())"
-        )
-    if parallel is not None:
-        raise OffloadError(
-            "offload='blocks' does not go with parallel=..., whose GPUs have room for a model: leave one out"
-        )
-    scope, graphs = getattr(compile, "scope", "block"), getattr(compile, "cuda_graphs", False)
-    if graphs:
-        raise OffloadError(
-            f"offload='blocks' does not go with CUDA graphs (mode {getattr(compile, 'mode', None)!r}), which replay "
-            "work on fixed weights: use CompileConfig(), whose graph is one block's"
-        )
-    if scope != "block":
-        raise OffloadError(
-            "offload='blocks' does not go with CompileConfig(scope='model'), one graph of all blocks, which needs all "
-            "their weights: use scope='block'"
         )
 
 
