@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.codegen.report import Launch, Report
 from cogx_fast.measure.devices import Device
+from cogx_fast.terminal import table
 
 PEER = "diffusers"
 COLUMNS = (
@@ -19,15 +20,7 @@ COLUMNS = (
 def text(found: Sequence[Report], device: Device) -> str:
     """The table."""
     peers = _peers(found)
-    rows = [COLUMNS, *(_row(report, device, peers.get(_model(report))) for report in found)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    rows = [_row(report, device, peers.get(_model(report))) for report in found]
     versions = ", ".join(f"{name} {version}" for name, version in found[0].versions.items())
     where = "compiled for this machine's" if found[0].real else "generated for a described"
     notes = [
@@ -36,7 +29,7 @@ def text(found: Sequence[Report], device: Device) -> str:
         "* A prediction, not a measurement: every launch at the device's stated ceilings of memory, products and",
         f"  exponentials; a step is the layers' blocks alone. {device.source}.",
     ]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([table(COLUMNS, rows), "", *notes])
 
 
 def _row(report: Report, device: Device, peer: Report | None) -> tuple[str, ...]:

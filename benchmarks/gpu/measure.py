@@ -124,7 +124,7 @@ def describe(device: torch.device, measured: Mapping[str, float]) -> devices.Dev
         known = {"name": facts.name, "multiprocessors": facts.multi_processor_count}
         if hertz := 1e3 * getattr(facts, "clock_rate", 0):
             known["boost_hz"] = hertz
-    described = next((each for each in devices.DEVICES.values() if each.name == known.get("name")), None)
+    described = devices.find_device(known.get("name", ""))
     if described is None:
         described = dataclasses.replace(devices.DEVICES["h100"], name="cpu", fp8=None, **known)
     return roofline.with_ceilings(described, measured)

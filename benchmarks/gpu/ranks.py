@@ -125,9 +125,7 @@ def work(options: argparse.Namespace) -> None:
             cases[f"{model}/ranks/{name}"] = found
             found["notes"] |= {"link_gb_per_s": suite.short(link), "commit": str(snapshot["commit"])[:9]}
     if dist.get_rank() == 0:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        versions = {each: str(snapshot[each]).partition("+")[0] for each in ("torch", "diffusers", "torchao")}
-        found = {"device": name.replace(" ", "-").replace("/", "-"), "versions": versions, "cases": cases}
+        found = {"device": suite.device_name(device), "versions": suite.versions(snapshot), "cases": cases}
         options.worker.write_text(json.dumps(found))
 
 

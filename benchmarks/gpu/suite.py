@@ -75,8 +75,7 @@ class Suite:
     def __init__(self, device: torch.device, *, quick: bool, baselines: Path, accept: bool) -> None:
         self.device, self.quick, self.accept = device, quick, accept
         self.facts = environment.snapshot(device)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.table = baselines / f"{name.replace(' ', '-').replace('/', '-')}.csv"
+        self.table = baselines / f"{device_name(device)}.csv"
         self._now = timing.clock(device)
         self._peer: tuple[tuple[str, str], Callable[[], Tensor]] | None = None
         self._reference: tuple[str, Tensor, float] | None = None
@@ -176,7 +175,7 @@ class Suite:
             return gate.Verdict()
         name = str(case)
         return gate.compare(
-            self._table(), {name: metrics}, {name: notes}, self._versions(), told=TIMES, margins=MARGINS
+            self._table(), {name: metrics}, {name: notes}, versions(self.facts), told=TIMES, margins=MARGINS
         )
 
     def _record(self, case: Case, metrics: Held, notes: Notes) -> str:
@@ -187,14 +186,11 @@ class Suite:
         if not self.accept and table and self._compare(case, metrics, notes).not_binding:
             return ""
         held, beside = (metrics, notes) if case.owner == OURS else ({}, {**metrics, **notes})
-        gate.record(self.table, self._versions(), {str(case): held}, {str(case): beside}, margins=MARGINS)
+        gate.record(self.table, versions(self.facts), {str(case): held}, {str(case): beside}, margins=MARGINS)
         return f"recorded in {self.table}" if self.accept else f"no baseline yet: recorded in {self.table}"
 
     def _table(self) -> dict[tuple[str, str], gate.Row]:
         return gate.read(self.table) if self.table.is_file() else {}
-
-    def _versions(self) -> dict[str, str]:
-        return {name: str(self.facts[name]).partition("+")[0] for name in ("torch", "diffusers", "torchao")}
 
     def _peer_step(self, case: Case) -> Callable[[], Tensor]:
         """diffusers compiled, kept for the cases that follow with the same."""
@@ -239,6 +235,17 @@ class Suite:
 
 def _calls(case: Case) -> Callable[..., models.Step]:
     return models.loop if case.part == "loop" else models.step
+
+
+def device_name(device: torch.device) -> str:
+    """As the device's table is named."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return name.replace(" ", "-").replace("/", "-")
+
+
+def versions(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What a table holds for, of a snapshot's facts."""
+    return {name: str(facts[name]).partition("+")[0] for name in ("torch", "diffusers", "torchao")}
 
 
 def short(value: float) -> float:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from cogx_fast.runtime.step_schedule import NAMED, StepSchedule, TeaCache
+from cogx_fast.sizes import count_tokens, default_video
+from cogx_fast.weights.live import model_config
 
 Applied = Callable[[Any], AbstractContextManager[None]]
 THRESHOLDS = tuple(round(0.02 * 1.25**number, 4) for number in range(16))
@@ -238,9 +240,9 @@ class Evaluations:
 
     def __init__(self, pipe: Any) -> None:
         transformer = pipe.transformer
-        config = transformer.config
-        width = config.num_attention_heads * config.attention_head_dim
-        tokens = config.max_text_seq_length + _video_tokens(config)
+        config = model_config(transformer)
+        width = config.inner_dim
+        tokens = count_tokens(config, default_video(config)).joint
         attention, forward = 8 * width**2 + 4 * tokens * width, 16 * width**2
         share = attention / (attention + forward)
         self._values = tokens * width
@@ -263,11 +265,6 @@ class Evaluations:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
-
-
-def _video_tokens(config: Any) -> int:
-    latent_frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-    return latent_frames * (config.sample_height // config.patch_size) * (config.sample_width // config.patch_size)
 
 
 __all__ = ["Evaluations", "Family", "Setting", "calibrate", "ours", "own_families", "upstream_families"]

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from cogx_fast.attention.plan import hash_weights
 from cogx_fast.attention.plan_file import write_whole
 from cogx_fast.measure.devices import Device
 from cogx_fast.measure.roofline import SCHEMES, UNQUANTIZED, Part
 
 if TYPE_CHECKING:
     from cogx_fast.pipelines.generation import Request
+    from cogx_fast.runtime.module import CogVideoXModel
     from cogx_fast.sizes import Tokens
     from quant import Recipe
     from quant.calibration import Sample
@@ -111,7 +113,7 @@ def calibrate(
 
 
 def find_recipe(
-    model: nn.Module,
+    model: CogVideoXModel,
     samples: Sequence[Sample],
     *,
     budget_db: float,
@@ -257,16 +259,13 @@ def _runs_on(scheme: str, device: Device) -> bool:
         return False
 
 
-def _key(model: nn.Module, samples: Sequence[Sample], base: Recipe, schemes: Sequence[str]) -> str:
+def _key(model: CogVideoXModel, samples: Sequence[Sample], base: Recipe, schemes: Sequence[str]) -> str:
     """What the measurements depend on."""
     digest = hashlib.sha256(base.to_toml().encode() + " ".join(schemes).encode())
     for sample in samples:
         for name, tensor in sorted(sample.items()):
             digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:  # small, and other weights have others
-            digest.update(name.encode() + str(parameter.dtype).encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(f"{hash_weights(model)} {model.dtype}".encode())
     return digest.hexdigest()[:24]
 
 
