@@ -64,6 +64,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, last_is_total
     return "\n".join([formatted[0], rule, *formatted[1:]])
 
 
+def pairs(named: Sequence[tuple[str, str]]) -> str:
+    """Values behind their names, a line each."""
+    width = max(len(name) for name, _ in named)
+    return "\n".join(f"{name.ljust(width)}   {value}" for name, value in named)
+
+
 def scaled(value: float, unit: str = "") -> str:
     """A number with the fitting decimal prefix: ``scaled(11.2e9, "B")`` is "11.2 GB"."""
     power = 0
@@ -73,4 +79,4 @@ def scaled(value: float, unit: str = "") -> str:
     return f"{value:.{digits}f} {_PREFIXES[power]}{unit}".rstrip()
 
 
-__all__ = ["Progress", "scaled", "table"]
+__all__ = ["Progress", "pairs", "scaled", "table"]

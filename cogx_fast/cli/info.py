@@ -14,7 +14,7 @@ from cogx_fast.pipelines.budget import LINK, STEPS, Clock, by_recipe, choose_pla
 from cogx_fast.pipelines.locate import Model, locate, read_stored_weights
 from cogx_fast.pipelines.memory import estimate, released
 from cogx_fast.sizes import VideoSize
-from cogx_fast.terminal import Progress, scaled, table
+from cogx_fast.terminal import Progress, pairs, scaled, table
 
 CARDS = (8, 12, 16, 24, 48, 80)
 """Memory of GPUs that there are, in GB."""
@@ -134,9 +134,9 @@ def render(facts: dict[str, Any]) -> str:
     memory = " · ".join(f"{name} {scaled(size, 'B')}" for name, size in facts["memory_bytes"].items())
     sections = [
         _title(facts),
-        _pairs(_config_pairs(config)),
+        pairs(_config_pairs(config)),
         table(("part", "parameters", "share", "one step", "share"), rows, last_is_total=True),
-        _pairs(
+        pairs(
             [
                 ("video", f"{size}, batch {video['batch']}" + (" (guidance)" if video["batch"] == 2 else "")),
                 ("tokens", f"{tokens['text']:,} text + {tokens['video']:,} video ({grid}) = {tokens['joint']:,}"),
@@ -202,11 +202,6 @@ def _stored_pair(stored: dict[str, Any] | None) -> list[tuple[str, str]]:
     dtypes = ", ".join(sorted(stored["dtypes"], key=stored["dtypes"].get, reverse=True))
     files = "1 file" if stored["files"] == 1 else f"{stored['files']} files"
     return [("on disk", f"{scaled(stored['bytes'], 'B')} in {files}, {dtypes}")]
-
-
-def _pairs(pairs: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in pairs)
-    return "\n".join(f"{name.ljust(width)}   {value}" for name, value in pairs)
 
 
 def _share(value: int | None, total: int) -> str:

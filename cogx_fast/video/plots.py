@@ -1,4 +1,7 @@
-"""Drawings of figures, as pictures: quality over frames, speed against quality."""
+"""Drawings of figures, as pictures: quality over frames, speed against quality.
+
+Each returns a ``PIL.Image.Image``, and raises ``MissingDependencyError`` where matplotlib or pillow is not installed.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +39,6 @@ def plot_frames(figures: Sequence[tuple[float, float]], *, fps: float, title: st
         figures: (PSNR in dB, SSIM) of each frame; PSNR is infinite where two frames are equal.
         fps: frames a second, for the time axis.
         title: line at the top.
-
-    Returns:
-        A ``PIL.Image.Image``.
-
-    Raises:
-        MissingDependencyError: matplotlib or pillow is not installed.
     """
     figure, (upper, lower) = _figure(title, rows=2, height=3.9, sharex=True)
     seconds = np.arange(len(figures)) / fps
@@ -79,12 +76,6 @@ def plot_speed(points: Sequence[Point], *, reference: Point, title: str) -> Any:
         points: what is compared.
         reference: the one that PSNR is measured to; a line at its speed.
         title: line at the top.
-
-    Returns:
-        A ``PIL.Image.Image``.
-
-    Raises:
-        MissingDependencyError: matplotlib or pillow is not installed.
     """
     figure, axes = _figure(title, rows=1, height=3.4)
     speeds = [reference.steps_per_second, *(point.steps_per_second for point in points)]
@@ -139,12 +130,6 @@ def plot_mixes(mixes: Sequence[Mix], *, best: Mix, budget_db: float, title: str)
         best: the one that was chosen; circled.
         budget_db: the least quality allowed; a line.
         title: line at the top.
-
-    Returns:
-        A ``PIL.Image.Image``.
-
-    Raises:
-        MissingDependencyError: matplotlib or pillow is not installed.
     """
     figure, axes = _figure(title, rows=2, height=5.2)
     shown = [mix for mix in mixes if math.isfinite(mix.sqnr_db)]
@@ -171,12 +156,6 @@ def plot_schedule(bounds: Sequence[float], blocks: Sequence[int], *, error: floa
         blocks: that each step of the chosen schedule computes.
         error: that was measured with it.
         title: line at the top.
-
-    Returns:
-        A ``PIL.Image.Image``.
-
-    Raises:
-        MissingDependencyError: matplotlib or pillow is not installed.
     """
     figure, (upper, lower) = _figure(title, rows=2, height=4.4)
     whole = sum(1 for count in blocks if count)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from cogx_fast.terminal import pairs, scaled, table
+
 if TYPE_CHECKING:
     from cogx_fast.measure.explain.report import Explanation, KindTotal
 
@@ -22,25 +24,19 @@ def render(found: Explanation) -> str:
 
 
 def _head(found: Explanation) -> str:
-    from cogx_fast.terminal import scaled
-
     weights = " · ".join(f"{name} {scaled(size, 'B')}" for name, size in found.weights.items())
     counts = (len(found.graphs), len(found.breaks), len(found.recompiles))
     words = [_count(number, noun) for number, noun in zip(counts, ("graph", "break", "recompile"), strict=True)]
-    pairs = [
+    return pairs([
         ("compiled", f"{found.scope} scope, {found.mode or 'default'} mode, attention {found.attention}"),
         ("on", f"{found.device}, {found.dtype}"),
         ("called with", "; ".join(str(size) for size in found.sizes) + " (videos × frames × height × width)"),
         ("weights", f"{found.parameters:,} parameters: {weights}"),
         ("found", ", ".join(words)),
-    ]
-    width = max(len(name) for name, _ in pairs)
-    return "\n".join(f"{name.ljust(width)}   {value}" for name, value in pairs)
+    ])  # fmt: skip
 
 
 def _kinds(found: Explanation) -> str:
-    from cogx_fast.terminal import scaled, table
-
     def row(name: str, total: KindTotal) -> tuple[str, ...]:
         flops = scaled(total.flops, "FLOP") if total.flops else "–"
         return name, f"{total.kernels:,}", scaled(total.bytes, "B"), flops
@@ -51,8 +47,6 @@ def _kinds(found: Explanation) -> str:
 
 
 def _graphs(found: Explanation) -> str:
-    from cogx_fast.terminal import scaled, table
-
     rows = [
         (
             graph.function,
@@ -72,8 +66,6 @@ def _graphs(found: Explanation) -> str:
 
 def _kernels(found: Explanation) -> list[str]:
     """The kernels of the first size that move most, the same one of several runs or places in one line."""
-    from cogx_fast.terminal import scaled, table
-
     counts: Counter[tuple[str, str]] = Counter()
     moved: Counter[tuple[str, str]] = Counter()
     for graph in found.first:
@@ -107,8 +99,6 @@ def _recompiles(found: Explanation) -> list[str]:
 
 
 def _seconds(found: Explanation) -> str:
-    from cogx_fast.terminal import table
-
     rows = [(_PHASES[phase], f"{seconds:.2f}") for phase, seconds in found.seconds.items() if seconds]
     rows.append(("compiled afresh, in a cache of its own", f"{sum(found.seconds.values()):.2f}"))
     text = table(("compiling", "seconds"), rows, last_is_total=True)
