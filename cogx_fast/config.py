@@ -232,7 +232,7 @@ class TransformerConfig(dict[str, Any]):
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _is_frozen
 
     def __eq__(self, other: object) -> bool:
-        """Whether fields and registered keys are the same; what begins with "_" is no matter between two of these."""
+        """Whether fields and registered keys are the same; keys that begin with "_" do not matter."""
         if not isinstance(other, TransformerConfig):
             return dict.__eq__(self, other)
         return _public(self) == _public(other)
@@ -348,19 +348,15 @@ def _check_combinations(config: TransformerConfig) -> None:
             f"ofs_embed_dim is {config.ofs_embed_dim} and time_embed_dim is {config.time_embed_dim}: the two are "
             "added, so make them equal"
         )
+    needs_whole_patches = config.use_learned_positional_embeddings and config.patch_size_t
     for name in ("sample_height", "sample_width"):
-        if getattr(config, name) < config.patch_size:
+        size = getattr(config, name)
+        if size < config.patch_size:
+            raise ConfigError(f"{name} is {size}, less than one patch (patch_size {config.patch_size})")
+        if needs_whole_patches and size % config.patch_size:
             raise ConfigError(
-                f"{name} is {getattr(config, name)}, less than one patch (patch_size {config.patch_size})"
-            )
-        if (
-            config.use_learned_positional_embeddings
-            and config.patch_size_t
-            and getattr(config, name) % config.patch_size
-        ):
-            raise ConfigError(
-                f"{name} is {getattr(config, name)} with learned positions, which are for that size only, and with "
-                f"patch_size_t, which needs whole patches: use a multiple of patch_size ({config.patch_size})"
+                f"{name} is {size} with learned positions, which are for that size only, and with patch_size_t, which "
+                f"needs whole patches: use a multiple of patch_size ({config.patch_size})"
             )
     for width, half in (("the model's width", inner // 2), ("ofs_embed_dim", (config.ofs_embed_dim or 0) // 2)):
         if 0 < half <= config.freq_shift:
@@ -388,19 +384,10 @@ PRESETS: dict[str, TransformerConfig] = {
     "1.5-5b": TransformerConfig(**_ONE_FIVE),
     "1.5-5b-i2v": TransformerConfig(**_ONE_FIVE, in_channels=32, ofs_embed_dim=512),
     "tiny": TransformerConfig(
-        num_attention_heads=3,
-        num_layers=6,
-        in_channels=8,
-        out_channels=8,
-        time_embed_dim=128,
-        text_embed_dim=64,
-        max_text_seq_length=8,
-        sample_height=8,
-        sample_width=8,
-        sample_frames=17,
-        use_rotary_positional_embeddings=True,
+        num_attention_heads=3, num_layers=6, in_channels=8, out_channels=8, time_embed_dim=128, text_embed_dim=64,
+        max_text_seq_length=8, sample_height=8, sample_width=8, sample_frames=17, use_rotary_positional_embeddings=True,
     ),
-}
+}  # fmt: skip
 """The released transformers by name (facts: each model's ``config.json`` on the hub), and ours, ``tiny``."""
 
 HUB_IDS: dict[str, str] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,16 +12,14 @@ from torch import nn
 
 from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.attention.backends import get_backend
-from cogx_fast.attention.plan_file import choose_plan
 from cogx_fast.model.cpu import SlowDtypeWarning, slow_dtype
 from cogx_fast.runtime import composition
 from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.auto_attention import AttentionFor
 from cogx_fast.runtime.baked import read_schedule
-from cogx_fast.runtime.composition import Feature
+from cogx_fast.runtime.options import Options
 from cogx_fast.runtime.sharded import is_asked_for
 from cogx_fast.runtime.source import check_source
-from cogx_fast.runtime.step_schedule_file import choose_strategy
 from cogx_fast.runtime.streaming import Offload, check_offload, stream_blocks
 from cogx_fast.runtime.upstream import model_class
 from cogx_fast.sizes import count_tokens, default_video
@@ -152,11 +149,11 @@ def load(
         read_schedule(schedule)
     if attention_plan is None:
         attention_plan = getattr(source, "attention_plan", None)
-    composition.check(_features(
-        offload=offload, parallel=parallel, compile=compile, step_cache=step_cache, plan=attention_plan,
-        attention=attention, quant=quant,
-    ))  # fmt: skip
-    running = _Running(plan=attention_plan, step_cache=step_cache, parallel=parallel, compile=compile)
+    options = Options(
+        plan=attention_plan, attention=attention, step_cache=step_cache, parallel=parallel, compile=compile,
+        offload=offload, quant=quant,
+    )  # fmt: skip
+    composition.check(options.features())
     model = load_weights(
         source,
         model_class(),
@@ -175,9 +172,9 @@ def load(
         local_files_only=local_files_only,
         check_finite=check_finite,
         variant=variant,
-        check=running.check,
+        check=options.check,
     )
-    running.set_on(model)
+    options.set_on(model)
     if is_asked_for(parallel) and device is not None:
         model.to(read_device(device))
     if not compile:
@@ -187,73 +184,6 @@ def load(
 
         load_compile_cache(model, compile_cache)
     return model
-
-
-def _features(
-    *,
-    offload: str | None,
-    parallel: Any,
-    compile: bool | CompileConfig,
-    step_cache: Any,
-    plan: Any,
-    attention: str,
-    quant: Any,
-) -> composition.Features:
-    """What these options of ``load`` ask for, as far as it decides what goes together."""
-    strategy = None if step_cache is None else choose_strategy(step_cache)
-    return {
-        **composition.named(
-            None if offload is None else Feature.STREAMED,
-            None if parallel is None else Feature.PARALLEL,
-            Feature.SHARDED if is_asked_for(parallel) else None,
-            composition.feature_of(strategy),
-        ),
-        **({} if quant is None else {Feature.QUANTIZED: f"quant={quant!r}"}),
-        **composition.of_compile(None if isinstance(compile, bool) else compile),
-        **composition.of_attention([attention], has_plan=plan is not None),
-    }
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Running:
-    """How a model is to run, as ``load`` is asked."""
-
-    plan: AttentionPlan | str | os.PathLike[str] | None
-    step_cache: StepSchedule | str | os.PathLike[str] | None
-    parallel: ParallelConfig | DeviceMesh | None
-    compile: bool | CompileConfig
-    split: Any = None
-    """What ``parallel`` came to: made once, since the ranks' groups are."""
-
-    def check(self, model: CogVideoXModel) -> None:
-        """See on a model without weights that all of it goes together: nothing is read, or given up, if not."""
-        runner = model.runner
-        if self.plan is not None:
-            model.set_attention_plan(dataclasses.replace(choose_plan(self.plan, model.config), weights_hash=None))
-        self._set(model)
-        model.set_attention_plan(None)
-        model.runner = runner
-
-    def set_on(self, model: CogVideoXModel) -> None:
-        """Have the model run so."""
-        if self.plan is not None:
-            model.set_attention_plan(choose_plan(self.plan, model.config))
-        self._set(model)
-
-    def _set(self, model: CogVideoXModel) -> None:
-        if self.step_cache is not None:
-            model.set_step_cache(self.step_cache)
-        if self.split is not None:
-            model.runner.use(dataclasses.replace(model.runner.slots, split=self.split))
-            if is_asked_for(self.parallel):
-                self.split.shard_weights(model)
-        elif self.parallel is not None:
-            model.set_parallel(self.parallel)
-            self.split = model.runner.slots.split
-        if self.compile:
-            from cogx_fast.runtime.compile import CompileConfig, compile_model
-
-            compile_model(model, CompileConfig() if self.compile is True else self.compile)
 
 
 def load_package(
@@ -354,7 +284,7 @@ def load_weights(
         transforms.append(merge)
     if quant is not None:
         transforms.append(Quantize(quant, home))
-    is_split = offload or schedule is not None  # then what is not to lie on the device never does
+    is_split = offload or schedule is not None  # then parts that stay in host memory are never put on the device
     if offload and transforms:
         transforms.append(Offload())
     if isinstance(source, nn.Module):

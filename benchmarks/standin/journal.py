@@ -98,11 +98,6 @@ def launches() -> int:
     return int(_library().standin_launches())
 
 
-def note(text: str) -> None:
-    """Write a line of one's own."""
-    _library().standin_note(b"%s", text.encode())
-
-
 def used(device: int = 0) -> int:
     """Bytes that are allocated from the driver now."""
     return int(_library().standin_used(device))

@@ -162,7 +162,7 @@ def _flex_attention(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any, o
 
 
 def _activate(implementation: str) -> None:
-    """Put FlashAttention 3 or 4 in the place of torch's flash kernel, for the whole process: torch has no smaller way.
+    """Put FlashAttention 3 or 4 in place of torch's flash kernel, for the whole process: torch has no smaller way.
 
     Raises:
         ValueError: the other one has that place.

@@ -14,7 +14,7 @@ from torch import Tensor
 from cogx_fast.config import TransformerConfig
 from cogx_fast.extras import require
 from cogx_fast.loading import load
-from cogx_fast.measure import costs, timing
+from cogx_fast.measure import timing
 from cogx_fast.measure.dtypes import default_dtype
 from cogx_fast.model.tables import rotary_tables
 from cogx_fast.runtime.compile import CompileConfig
@@ -141,9 +141,4 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def flops(work: Work) -> int:
-    """Operations of one step (``costs.count_flops``)."""
-    return sum(costs.count_flops(work.config, work.tokens, batch=work.batch).values())
-
-
-__all__ = ["OURS", "PEER", "Contest", "Work", "call_arguments", "flops", "machine", "random_upstream", "run"]
+__all__ = ["OURS", "PEER", "Contest", "Work", "call_arguments", "machine", "random_upstream", "run"]

@@ -1,7 +1,7 @@
 """The CogVideoX transformer, as data sees it: begin, L blocks over one joint stream, head.
 
 Equal to diffusers' ``CogVideoXTransformer3DModel`` (CogVideoX, arXiv:2408.06072), written for the compiler: text and
-video stay one stream, no state, no branch on data, nothing in place but what is not compiled has just made. The loop
+video stay one stream, no state, no branch on data, and nothing in place (uncompiled: on tensors just made). The loop
 over the blocks is ``runtime.runner``'s.
 
 Suffixes: B batch, F latent frames, C channels, H/W latent height/width, S joint tokens (text first), T text tokens,

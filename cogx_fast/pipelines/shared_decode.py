@@ -83,7 +83,7 @@ def _values(tiles: list[Tile]) -> int:
 
 
 class SharedTiles:
-    """Stands in the place of a VAE's ``tiled_decode``. Every rank calls it, and has the whole video.
+    """Stands in place of a VAE's ``tiled_decode``. Every rank calls it, and has the whole video.
 
     Args:
         vae: diffusers' ``AutoencoderKLCogVideoX``.
@@ -130,7 +130,7 @@ class SharedTiles:
 
 
 class _Decoded(nn.Module):
-    """A decoder that has decoded already: gives each tile in the place of its first frames, nothing for the rest."""
+    """A decoder that has decoded already: gives each tile in place of its first frames, nothing for the rest."""
 
     def __init__(self, tiles: list[Tensor]) -> None:
         super().__init__()

@@ -107,14 +107,14 @@ REFUSALS = (
         "use CompileConfig(scope='block')",
     ),
 )  # fmt: skip
-"""Every pair that is refused. Of several the first is told."""
+"""Every pair that is refused. Where several apply, the first is reported."""
 
 
 def check(features: Features) -> None:
     """Refuse what does not go together.
 
     Raises:
-        ValueError: a pair stands in the table; the message says why, and what to do instead.
+        ValueError: both of a pair in the table are asked for; the message says why not, and what to do instead.
     """
     for refusal in REFUSALS:
         if refusal.one in features and refusal.other in features:

@@ -6,11 +6,12 @@ has it, around query, key and value apart; while it does, diffusers' own methods
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import CogVideoXTransformer3DModel as Upstream
@@ -21,6 +22,20 @@ from cogx_fast.runtime.attached import ADAPTERS, AttachedError, take_off_adapter
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.weights.lora import LoraLike, read_loras
 from cogx_fast.weights.quantized import is_quantized
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _theirs_in_training(method: _Method) -> _Method:
+    """A method in whose place diffusers' of the same name runs while an adapter is trained."""
+
+    @functools.wraps(method)
+    def run(self: AdapterMethods, *arguments: Any, **options: Any) -> Any:
+        if self._is_trained:
+            return self._theirs(method.__name__, *arguments, **options)
+        return method(self, *arguments, **options)
+
+    return cast(_Method, run)
 
 
 class AdapterMethods(CogVideoXModel):
@@ -76,6 +91,7 @@ class AdapterMethods(CogVideoXModel):
             self.adapters = Adapters(self)
         return self.adapters
 
+    @_theirs_in_training
     def load_lora_adapter(
         self,
         pretrained_model_name_or_path_or_dict: Mapping[str, Tensor] | str | os.PathLike[str],
@@ -105,12 +121,6 @@ class AdapterMethods(CogVideoXModel):
             ValueError: the name is taken already.
         """
         given = pretrained_model_name_or_path_or_dict
-        if self._is_trained:
-            self._theirs(
-                "load_lora_adapter", given, prefix, hotswap, adapter_name=adapter_name, metadata=metadata,
-                network_alphas=network_alphas, weight_name=weight_name, **others,
-            )  # fmt: skip
-            return
         if not isinstance(given, Mapping):
             from safetensors import safe_open
 
@@ -123,46 +133,36 @@ class AdapterMethods(CogVideoXModel):
         mine = {name: tensor for name, tensor in tensors.items() if prefix and name.startswith(f"{prefix}.")}
         self._adapters().add(adapter_name, mine or tensors, metadata, hotswap=hotswap)
 
+    @_theirs_in_training
     def set_adapters(self, adapter_names: list[str] | str, weights: Any = None) -> None:
         """Have these adapters be the active ones, as strong as said (1 each where nothing is)."""
-        if self._is_trained:
-            self._theirs("set_adapters", adapter_names, weights)
-            return
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         strengths = weights if isinstance(weights, list) else [weights] * len(names)
         if len(strengths) != len(names):
             raise ValueError(f"{len(names)} adapters are named and {len(strengths)} weights given: one for each")
         self._adapters().use(names, strengths)
 
+    @_theirs_in_training
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
     ) -> None:
         """Have the active adapters stay in the weights, whichever are active later, until ``unfuse_lora``."""
-        if self._is_trained:
-            self._theirs("fuse_lora", lora_scale, safe_fusing, adapter_names)
-        else:
-            self._adapters().fuse(lora_scale, adapter_names)
+        self._adapters().fuse(lora_scale, adapter_names)
 
+    @_theirs_in_training
     def unfuse_lora(self) -> None:
         """Take back what ``fuse_lora`` did."""
-        if self._is_trained:
-            self._theirs("unfuse_lora")
-        else:
-            self._adapters().unmerge()
+        self._adapters().unmerge()
 
+    @_theirs_in_training
     def enable_lora(self) -> None:
         """Turn adapters on again."""
-        if self._is_trained:
-            self._theirs("enable_lora")
-        else:
-            self._adapters().enable_adapters(True)
+        self._adapters().enable_adapters(True)
 
+    @_theirs_in_training
     def disable_lora(self) -> None:
         """Turn all adapters off; the weights are what they were before any was loaded, to the bit."""
-        if self._is_trained:
-            self._theirs("disable_lora")
-        else:
-            self._adapters().enable_adapters(False)
+        self._adapters().enable_adapters(False)
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Forget these adapters."""
@@ -175,7 +175,7 @@ class AdapterMethods(CogVideoXModel):
             self._adapters().delete_adapter(name)
 
     def unload_lora(self) -> None:
-        """Forget all adapters; what is fused stays for good."""
+        """Forget all adapters; what is fused stays in the weights."""
         blocks: list[Any] = list(self.transformer_blocks)
         if "adapters" in self._modules:
             self._adapters().unload()

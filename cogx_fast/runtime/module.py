@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cogx_fast.attention.backends import BACKENDS, UPSTREAM_NAMES, Backend, ready_backend
-from cogx_fast.attention.plan import AttentionPlan
+from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.config import ConfigError, TransformerConfig
-from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
 from cogx_fast.runtime import composition, step_cache
-from cogx_fast.runtime.attached import Watch, check_own, check_processor
-from cogx_fast.runtime.auto_attention import AttentionFor, Choice, choose_attention
+from cogx_fast.runtime.attached import Watch, check_own
+from cogx_fast.runtime.attention_methods import AttentionMethods
 from cogx_fast.runtime.baked import BakedSchedule, read_schedule
 from cogx_fast.runtime.composition import Feature
-from cogx_fast.runtime.inputs import Preparation
 from cogx_fast.runtime.quantized import follow_dtype
-from cogx_fast.runtime.runner import Runner, compute_all
+from cogx_fast.runtime.runner import compute_all
 from cogx_fast.runtime.sharded import check_conversion, refuse_moved, refuse_sharded
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import StepSchedule
@@ -47,7 +44,7 @@ class TransformerOutput(NamedTuple):
     sample: Tensor
 
 
-class CogVideoXModel(CogVideoXTransformer):
+class CogVideoXModel(AttentionMethods):
     """A CogVideoX transformer that is called as diffusers' ``CogVideoXTransformer3DModel`` is.
 
     It is built with uninitialised or random weights here; ``cogx_fast.load`` gives it real ones.
@@ -59,35 +56,9 @@ class CogVideoXModel(CogVideoXTransformer):
 
     def __init__(self, config: TransformerConfig, *, attention: str = "sdpa") -> None:
         super().__init__(config, attention=attention)
-        self._config = config  # as it was built; ``config`` may say other sizes of the default video since
-        self._registered = config
-        self.inputs = Preparation(config)
-        """What makes a step's inputs of a call's arguments."""
-        self.runner = Runner()
-        """What runs its steps: eagerly; compiled, set by ``runtime.compile``; or a package, by ``runtime.package``."""
         self.merged = Merged(config)
         """The LoRAs that the weights hold."""
-        self.attention_choice: Choice | None = None
-        """What ``load(attention="auto")`` chose, and why."""
-        self._attention_for: AttentionFor | None = None
-        """What that choice was made for. On another device it is made again, unless a backend was named since."""
-        self._attention_is_named = False
         self._attached = Watch()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first parameter lies."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the model's floating-point parameters (the first one's)."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
-
-    @property
-    def config(self) -> TransformerConfig:
-        """The configuration, readable as an object and as a dict."""
-        return self._registered
 
     def register_to_config(self, **values: Any) -> None:
         """Change what the configuration says of the default video, or note keys of the caller's own in it.
@@ -108,14 +79,6 @@ class CogVideoXModel(CogVideoXTransformer):
             )
         self._registered = self._registered.register(**values)
         self.inputs.use(self._registered)
-
-    @property
-    def attention_backends(self) -> dict[str, None]:
-        """Names of the attention backends in use, usually one."""
-        return dict.fromkeys(attention.backend for attention in self._attentions())
-
-    def _attentions(self) -> Iterator[Attention]:
-        return (cast(Block, block).attn1 for block in self.transformer_blocks)
 
     def forward(
         self,
@@ -157,9 +120,7 @@ class CogVideoXModel(CogVideoXTransformer):
         self._follow_scale(attention_kwargs)
         if timestep_cond is not None:
             raise ValueError("timestep_cond is given, but no CogVideoX model has a projection for it: pass None")
-        question = self._attention_for
-        if question is not None and question.device != hidden_states.device and not self._attention_is_named:
-            self._choose_attention(dataclasses.replace(question, device=hidden_states.device))
+        self._attend_on(hidden_states.device)
         inputs = self.inputs(
             self,
             hidden_states,
@@ -254,7 +215,7 @@ class CogVideoXModel(CogVideoXTransformer):
 
         Raises:
             ShardError: (a ValueError) the weights are sharded.
-            LoraError: (a ValueError) a file that cannot be merged, or the weights without LoRAs are not to be had: the
+            LoraError: (a ValueError) a file that cannot be merged, or the weights without LoRAs cannot be restored: the
                 model was trained since, or quantized from a live one whose files are not there. Nothing is changed.
             FileNotFoundError: a file is not there.
         """
@@ -288,101 +249,6 @@ class CogVideoXModel(CogVideoXTransformer):
         """Pipelines enter it around each call: what a step cache keeps under one name is kept apart from others."""
         with step_cache.context(name):
             yield
-
-    @property
-    def attn_processors(self) -> dict[str, Backend]:
-        """The attention backend of each layer, under the names that diffusers gives its processors."""
-        return {
-            f"transformer_blocks.{index}.attn1.processor": BACKENDS[attention.backend]
-            for index, attention in enumerate(self._attentions())
-        }
-
-    def set_attn_processor(self, processor: Any) -> None:
-        """Accept diffusers' own CogVideoX processors (what they compute is what is computed here) and our backends.
-
-        Args:
-            processor: one for all layers, or a dict of one for each name in ``attn_processors``.
-
-        Raises:
-            ValueError: another processor, which cannot run inside this model; or a dict of other names.
-        """
-        layers = self.attn_processors
-        if isinstance(processor, Mapping) and len(processor) != len(layers):
-            raise ValueError(
-                f"a dict of {len(processor)} processors is given, but there are {len(layers)} attention layers: pass "
-                f"{len(layers)}, by the names in attn_processors"
-            )
-        if isinstance(processor, Mapping) and processor.keys() != layers.keys():
-            unknown = sorted(processor.keys() - layers.keys(), key=str)
-            raise ValueError(f"processors {', '.join(map(str, unknown[:3]))} are of no layer: see attn_processors")
-        processors = list(processor.values()) if isinstance(processor, Mapping) else [processor]
-        for chosen in processors:
-            check_processor(chosen)
-        names = {chosen.name for chosen in processors if isinstance(chosen, Backend)}
-        if len(names) > 1:
-            raise ValueError(f"one attention backend for all layers, got {sorted(names)}")
-        if names:
-            self.set_attention_backend(names.pop())
-
-    def set_attention_backend(self, backend: str) -> None:
-        """Use another attention backend from the next call on (a compiled model compiles again).
-
-        Args:
-            backend: one of ``attention.backends.BACKENDS``, or diffusers' name for one of them ("native",
-                "_native_cudnn", "flash", …).
-
-        Raises:
-            ValueError: there is no backend of that name, it cannot run here, or the model runs a package; the message
-                says what to do.
-        """
-        self.runner.refuse_packaged(f"the attention backend cannot be set to {backend!r}")
-        self._use_attention(UPSTREAM_NAMES.get(backend.lower(), backend), self.device)
-        self._attention_is_named = True
-
-    def reset_attention_backend(self) -> None:
-        """Go back to what ``load(attention="auto")`` chooses, else torch's own (with a plan, flex).
-
-        Raises:
-            ValueError: it cannot run where the model is now.
-        """
-        if self._attention_for is None:
-            self.set_attention_backend("sdpa" if self.inputs.plan is None else "flex")
-        else:
-            self._choose_attention(dataclasses.replace(self._attention_for, device=self.device))
-
-    def _use_attention(self, backend: str, device: torch.device) -> None:
-        head_dim = self.config.attention_head_dim
-        name = ready_backend(backend, device=device, dtype=self.dtype, head_dim=head_dim).name
-        for attention in self._attentions():
-            attention.backend, attention.masked_backend = name, None
-
-    def _choose_attention(self, question: AttentionFor) -> None:
-        """``attention="auto"``: use what is fastest there, which may be elsewhere than the weights are at load time."""
-        choice = choose_attention(question.shape, self.dtype, question.device, compiled=question.compiled)
-        self._use_attention(choice.name, question.device)
-        for attention in self._attentions():  # the fastest may take no mask of the caller's, and no call is refused
-            attention.masked_backend = "sdpa" if BACKENDS[choice.name].masks is not Tensor else None
-        self.attention_choice, self._attention_for, self._attention_is_named = choice, question, False
-
-    @property
-    def attention_plan(self) -> AttentionPlan | None:
-        """The sparse attention in use, or None."""
-        return self.inputs.plan
-
-    def set_attention_plan(self, plan: AttentionPlan | None) -> None:
-        """Use another attention plan, or none, from the next call on (a compiled model compiles again).
-
-        Raises:
-            PlanError: (a ValueError) it is another model's, or the model's attention backend takes no block masks.
-            ValueError: the model runs a package.
-        """
-        self.runner.refuse_packaged("the attention plan cannot be changed")
-        if plan is not None:
-            attention = composition.of_attention(self.attention_backends, has_plan=True)
-            composition.check({**self.runner.features(), **attention})
-            plan.check(self.config, self)
-        self.inputs.plan = plan
-        self.inputs.tables.clear()
 
     def set_step_cache(self, value: StepSchedule | str | os.PathLike[str] | None) -> None:
         """Skip parts of steps (approximate) from the next generation on, or none.

@@ -1,4 +1,4 @@
-"""A compiled function: compiled by its first call, by one thread at a time, and again only with a word about why."""
+"""A compiled function: compiled by its first call, by one thread at a time, and again only with a message why."""
 
 from __future__ import annotations
 

@@ -94,13 +94,13 @@ class ComputeBlocks(Protocol):
 
 
 def call_eagerly(layer: int, block: Block) -> Callable[..., Tensor]:
-    """What computes a block: the block as it stands."""
+    """What computes a block: the block itself."""
     return block
 
 
 @dataclass(frozen=True)
 class CallWith:
-    """Has each block computed by a function in the place of ``Block.compute``. Hooks on a block run around that."""
+    """Has each block computed by a function in place of ``Block.compute``. Hooks on a block run around that."""
 
     computes: Sequence[Callable[..., Tensor] | None]
     """For each layer; None is the block's own."""
@@ -157,7 +157,7 @@ class Slots:
     split: Whole = Whole()  # noqa: RUF009  # it holds nothing
 
     def eagerly(self) -> Slots:
-        """The same, with every part computed as it stands."""
+        """The same, with every part computed eagerly."""
         return replace(self, begin=CogVideoXTransformer.begin, call_block=call_eagerly, head=CogVideoXTransformer.head)
 
 
@@ -168,7 +168,7 @@ def run(model: CogVideoXTransformer, slots: Slots, inputs: Inputs, reuse: Reuse 
         model: whose parts are computed.
         slots: how each is.
         inputs: the call's.
-        reuse: in the place of ``slots.reuse``.
+        reuse: in place of ``slots.reuse``.
     """
     return slots.split.step(model, inputs, lambda part: _step(model, slots, part, reuse or slots.reuse))
 

@@ -110,7 +110,7 @@ _PLAIN = (bool, int, float, str, tuple, types.NoneType)
 
 
 def _changed_attributes(where: str, module: nn.Module, fresh: nn.Module) -> Iterator[Attached]:
-    """Attributes that a fresh module has otherwise, and functions put in the place of its class's."""
+    """Attributes that a fresh module has otherwise, and functions put in place of its class's."""
     expected = vars(fresh)
     for name, value in vars(module).items():
         if name in _HARMLESS or name in ("_compiled_call_impl", "_hf_hook", "_diffusers_hook", "_old_forward"):

@@ -126,7 +126,7 @@ class Merged:
             wanted: checked against its configuration already.
 
         Raises:
-            LoraError: (a ValueError) the weights without LoRAs are not to be had, or the model was trained since.
+            LoraError: (a ValueError) the weights without LoRAs cannot be restored, or the model was trained since.
                 Nothing is changed then.
         """
         changed = {
@@ -163,7 +163,7 @@ class Merged:
         if self._files is not None and not self._files.is_unchanged:
             raise LoraError(
                 f"{self._files.origin}: was changed or removed since the model was loaded from it, so the weights "
-                "without LoRAs are not to be had: load the model anew"
+                "without LoRAs cannot be restored: load the model anew"
             )
         lost = [name for name, each in changed.items() if is_quantized(each) and name not in self._kept]
         if lost and self._files is None:

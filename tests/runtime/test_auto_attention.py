@@ -227,7 +227,7 @@ def test_a_choice_that_takes_no_mask_refuses_no_call(
     torch.manual_seed(0)
     source = CogVideoXModel(small("5b")).eval().requires_grad_(False)
     answer = Choice(name=chosen, reason="", milliseconds={})
-    monkeypatch.setattr("cogx_fast.runtime.module.choose_attention", lambda *_, **__: answer)
+    monkeypatch.setattr("cogx_fast.runtime.attention_methods.choose_attention", lambda *_, **__: answer)
     config = CompileConfig(backend="eager") if compile else False
     model = cogx_fast.load(source, attention="auto", compile=config)
     assert set(model.attention_backends) == {chosen}
