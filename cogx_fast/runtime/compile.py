@@ -164,11 +164,12 @@ def inductor_options(config: CompileConfig, device: torch.device, *, int8: bool 
 
 
 def _repair() -> dict[str, Any]:
-    """``KeepSplitLoops``, where torch has a place for it (2.13): 2.11 compiles these graphs as it is."""
+    """What torch needs for rows that are a sum of sizes: ``KeepSplitLoops`` in 2.13; in 2.11 no analysis of tiling,
+    which takes B · (T + V) for another number than B · T + B · V and fails where gradients are wanted."""
     import torch._inductor.custom_graph_pass as passes
 
     if not hasattr(passes, "CustomSchedulerPass"):
-        return {}
+        return {"triton.coalesce_tiling_analysis": False}
     from cogx_fast.runtime.merged_loops import KeepSplitLoops
 
     return {"_post_fusion_custom_pass": KeepSplitLoops()}
