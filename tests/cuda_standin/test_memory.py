@@ -218,7 +218,8 @@ def test_a_pipeline_keeps_to_its_budget(capsys):
         with peak_bytes() as peak:
             generate(pipe)
             generate(pipe)
-        assert peak[0] <= room + 40 * 2**20, f"{kind}: cuBLAS' workspace is the spare's"
+        spare = (40 if torch.__version__ >= "2.12" else 56) * 2**20  # 2.11 takes 17 MiB more while it compiles
+        assert peak[0] <= room + spare, f"{kind}: cuBLAS' workspace is the spare's"
         del pipe, measured
         gc.collect()
     with pytest.raises(BudgetError, match=r"takes 1\.\d GiB or more"):
