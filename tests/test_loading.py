@@ -9,7 +9,7 @@ import cogx_fast
 from cogx_fast.loading import read_device, read_dtype
 from cogx_fast.model import cpu
 from cogx_fast.model.cpu import SlowDtypeWarning
-from cogx_fast.runtime import module
+from cogx_fast.runtime import attention_methods
 from cogx_fast.runtime.auto_attention import Choice
 from cogx_fast.sizes import count_tokens, default_video
 from cogx_fast.weights.errors import CheckpointError, CheckpointNotFoundError
@@ -105,7 +105,7 @@ def test_auto_attention_is_chosen_for_the_models_usual_size(source, monkeypatch)
         asked.append((shape, dtype, device.type, compiled))
         return Choice(name="flex", reason="told to", milliseconds={})
 
-    monkeypatch.setattr(module, "choose_attention", choose)
+    monkeypatch.setattr(attention_methods, "choose_attention", choose)
     model = cogx_fast.load(source, dtype="bf16")
     tokens = count_tokens(model.config, default_video(model.config)).joint
     heads, width = model.config.num_attention_heads, model.config.attention_head_dim
@@ -125,7 +125,7 @@ def test_auto_attention_is_chosen_again_where_the_model_is_called(source, monkey
         asked.append(device.type)
         return Choice(name="sdpa-math" if device.type == "meta" else "sdpa", reason="told to", milliseconds={})
 
-    monkeypatch.setattr(module, "choose_attention", choose)
+    monkeypatch.setattr(attention_methods, "choose_attention", choose)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # torch knows none of the meta device
     model = cogx_fast.load(source).to("meta")
     for _ in range(2):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cogx_fast.model.transformer import CogVideoXTransformer, Conditioning
 from cogx_fast.runtime.attached import on_modules, refuse
+from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.step_cache import place_of
 from cogx_fast.runtime.streaming import HostPart
 from cogx_fast.runtime.tensors import plain_tensors
@@ -106,7 +107,7 @@ class BakedSchedule:
         Raises:
             ScheduleError: gradients of the conditioning are asked for, or the call is traced.
         """
-        if torch.compiler.is_compiling():
+        if is_traced():
             raise ScheduleError("schedule=... finds its table outside of compiled code: use load(..., compile=True)")
         if torch.is_grad_enabled() and any(each.requires_grad for each in model.time_embedding.parameters()):
             raise ScheduleError(

@@ -15,6 +15,7 @@ from cogx_fast.attention.masks import SparseBlocks
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.attached import Attached, name_of, named, on_modules, patched_forward, refuse
 from cogx_fast.runtime.calls import Calls, describe_call
+from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.kinds import kind_of, own
 from cogx_fast.runtime.piece import Compile, Piece
 from cogx_fast.runtime.runner import CallWith, ComputeBlocks, Inputs, Runner, Slots, call_eagerly, compute_all, run
@@ -65,7 +66,7 @@ class CompiledRunner(Runner):
 
     def __call__(self, model: Any, inputs: Inputs) -> Tensor:
         """A step, compiled; under a caller's own ``torch.compile`` a part of that graph."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             return run(model, self.slots, inputs)
         inputs = self._own(inputs)
         with self._calls.during(describe_call(model, inputs)):
@@ -131,7 +132,7 @@ class CompiledRunner(Runner):
         def call(model: CogVideoXTransformer, *arguments: Any) -> Any:
             """By one graph for all sizes; with a schedule, an order of the tokens, or a stream that is no part of a
             longer one (head's, with tokens on several ranks), by another."""
-            if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            if is_traced() or torch.is_grad_enabled():
                 return function(model, *arguments)
             tokens = arguments[0]
             is_whole = tokens.stride(0) == tokens.shape[1] * tokens.stride(1)

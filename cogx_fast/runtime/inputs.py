@@ -19,6 +19,7 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.model.tables import Grid, join_rotary, rotary_tables, sincos_table
 from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.runtime.baked import BakedSchedule
+from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.runner import Inputs
 
 _TABLES_HELD = 8
@@ -125,7 +126,7 @@ class Preparation:
             return latents, text
         if not latents.is_meta and torch.is_autocast_enabled(latents.device.type):  # torch knows none for meta
             return latents, text
-        if dtypes not in self._told_dtypes and not torch.compiler.is_compiling():
+        if dtypes not in self._told_dtypes and not is_traced():
             self._told_dtypes.add(dtypes)
             given, own = (str(dtype).removeprefix("torch.") for dtype in (dtypes[0], weight.dtype))
             warnings.warn(
@@ -205,7 +206,7 @@ class Preparation:
 
     def _held(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """A table made once for each key; the oldest of more than a few are dropped."""
-        if torch.compiler.is_compiling():  # under the caller's own torch.compile a table is part of the graph
+        if is_traced():  # under the caller's own torch.compile a table is part of the graph
             return make()
         table = self.tables.pop(key, None)  # two threads may make it twice, which is no harm
         if table is None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from cogx_fast.attention.backends import BACKENDS
@@ -18,6 +17,7 @@ from cogx_fast.runtime.attached import Watch, check_own
 from cogx_fast.runtime.attention_methods import AttentionMethods
 from cogx_fast.runtime.baked import BakedSchedule, read_schedule
 from cogx_fast.runtime.composition import Feature
+from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.quantized import follow_dtype
 from cogx_fast.runtime.runner import compute_all
 from cogx_fast.runtime.sharded import check_conversion, refuse_moved, refuse_sharded
@@ -115,7 +115,7 @@ class CogVideoXModel(AttentionMethods):
             ValueError: shapes or dtypes that do not fit the configuration or each other, or something attached to the
                 model that cannot work here; the message says which.
         """
-        if not torch.compiler.is_compiling() and self._attached.has_changed():
+        if not is_traced() and self._attached.has_changed():
             self.check_attached()
         self._follow_scale(attention_kwargs)
         if timestep_cond is not None:

@@ -7,10 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
-
 from cogx_fast.runtime.attached import Attached, AttachedError, named
 from cogx_fast.runtime.calls import Calls
+from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.kinds import own
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -50,7 +49,7 @@ class Piece:
 
     def __call__(self, *arguments: Any) -> Any:
         """The function, compiled; under a caller's own ``torch.compile`` a part of that graph."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             return self._function(*arguments)
         if not self._is_warm:
             return self._first(*arguments)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from cogx_fast.runtime.composition import Feature, feature_of
+from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.step_schedule import FirstBlock, Given, StepCacheError, StepSchedule, Strategy
 
 if TYPE_CHECKING:
@@ -262,7 +263,7 @@ class StepCache:
         self, compute: ComputeBlocks, x_BSD: Tensor, num_layers: int, model: CogVideoXTransformer, inputs: Inputs
     ) -> Tensor:
         """The stream after the blocks; as ``runner.compute_all`` where the schedule says so."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             raise ValueError("a step cache decides outside of compiled code: use load(..., compile=True)")
         step = self.begin(model, inputs)
         if isinstance(self.strategy, FirstBlock) and step.generation is not None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from cogx_fast.model.transformer import Block
 from cogx_fast.runtime.composition import Feature, OffloadError
+from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.tensors import hash_block, plain_tensors, unflatten
 
 SLOTS = 2
@@ -213,7 +214,7 @@ class StreamedBlocks:
         Raises:
             OffloadError: gradients are asked for, or it is traced.
         """
-        if torch.compiler.is_compiling():
+        if is_traced():
             raise OffloadError("offload='blocks' copies outside of compiled code: use load(..., compile=True)")
         if torch.is_grad_enabled():
             raise OffloadError(

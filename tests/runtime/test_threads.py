@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import cogx_fast
+from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.flags import Flags
 from cogx_fast.runtime.recompiles import RecompileError, RecompileWarning
 from tests.support import inputs, small, upstream
@@ -89,6 +90,33 @@ class Shared(types.SimpleNamespace):
             yield
         finally:
             vars(self).update(before)
+
+
+def test_a_call_while_another_thread_compiles_is_compiled() -> None:
+    """torch 2.13 says of every thread that it compiles while one does."""
+    calls, begun, may_end = [], threading.Event(), threading.Event()
+
+    def counting(graph: Any, _: Any) -> Any:
+        return lambda *arguments: [calls.append(1), graph(*arguments)][1]
+
+    def slow(graph: Any, _: Any) -> Any:
+        begun.set()
+        assert may_end.wait(60)
+        return graph
+
+    torch._dynamo.register_backend(counting, "counting")
+    model = cogx_fast.load(upstream(CONFIG), compile=CompileConfig(backend="counting"))
+    arguments = inputs(CONFIG)
+    with torch.no_grad():
+        model(**arguments)
+        of_a_call = len(calls)
+        other = threading.Thread(target=lambda: torch.compile(lambda x: x + 1, backend=slow)(torch.ones(2)))
+        other.start()
+        assert begun.wait(60)
+        model(**arguments)
+        may_end.set()
+        other.join()
+    assert len(calls) == 2 * of_a_call > 0
 
 
 def test_flags_that_threads_share_are_set_back_by_the_last_to_go() -> None:
