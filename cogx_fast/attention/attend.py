@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from cogx_fast.attention.backends import get_backend
+from cogx_fast.model.tracing import is_traced
 
 Mask = Tensor | BlockMask | None
 Rotary = tuple[Tensor, Tensor]
@@ -57,7 +58,7 @@ class RotaryNorm(nn.LayerNorm):
             return super().forward(x_BSNK)
         cos_S1K, sin_S1K = (table.unsqueeze(1) for table in rotary)
         weight_K, bias_K = self.weight.float(), self.bias.float()
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             if x_BSNK.requires_grad and torch.is_grad_enabled():
                 normed = super().forward(x_BSNK).float()
             else:

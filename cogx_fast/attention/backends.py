@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from cogx_fast.model.tracing import is_traced
+
 _HALF = (torch.float16, torch.bfloat16)
 _FLEX_OPTIONS = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3}
 """For head widths up to 64, where the template's default needs 255 registers and spills (benchmarks/NOTES.md)."""
@@ -116,12 +118,12 @@ def _sdpa(q_BNSK: Tensor, k_BNSK: Tensor, v_BNSK: Tensor, mask: Any) -> Tensor:
     if q_BNSK.is_cuda and mask is not None and torch.is_grad_enabled():
         # cuDNN's kernel can make NaN of the queries' gradient where there is a mask (pytorch/pytorch#196678)
         return _without_cudnn(q_BNSK, k_BNSK, v_BNSK, mask)
-    if q_BNSK.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and lacks_bf16(q_BNSK.device):
+    if q_BNSK.dtype == torch.bfloat16 and not is_traced() and lacks_bf16(q_BNSK.device):
         # else its products would be written out, every score of them: 113 GiB for 5b
         q_BNSK, k_BNSK, v_BNSK = q_BNSK.float(), k_BNSK.float(), v_BNSK.float()
         mask = mask.float() if isinstance(mask, Tensor) and mask.is_floating_point() else mask
         return F.scaled_dot_product_attention(q_BNSK, k_BNSK, v_BNSK, attn_mask=mask).bfloat16()
-    if q_BNSK.is_cpu and not torch.compiler.is_compiling():
+    if q_BNSK.is_cpu and not is_traced():
         # Its kernel reads a head's keys and values again for every few queries: rows that lie together faster. The
         # output lies as the queries do.
         k_BNSK, v_BNSK = k_BNSK.contiguous(), v_BNSK.contiguous()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 from cogx_fast.attention.windows import TokenOrder
+from cogx_fast.model.tracing import is_traced
 
 _WHOLE = 1 << 30
 
@@ -48,7 +49,7 @@ class LayerBlocks(NamedTuple):
         columns = self.columns_PQQ.index_select(0, self.choice_N)[None]
         # Blocks are kept whole, so the kernel has nothing to mask inside of them. Uncompiled, flex_attention computes
         # every score and sees nothing but the function.
-        is_compiled = torch.compiler.is_compiling()
+        is_compiled = is_traced()
         return BlockMask(
             seq_lengths=(tokens, tokens),
             kv_num_blocks=counts,

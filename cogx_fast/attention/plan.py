@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ from cogx_fast.attention.windows import Pattern, block_boxes, kept_blocks, token
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.tables import Grid
 from cogx_fast.model.transformer import CogVideoXTransformer
-
-if TYPE_CHECKING:
-    pass
 
 FULL = Pattern(kind="full")
 LAST_TIMESTEP = 1000.0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.part import Part
 from cogx_fast.model.products import project
+from cogx_fast.model.tracing import is_traced
 from cogx_fast.sizes import own_grid
 
 
@@ -142,7 +143,7 @@ class Modulate(NamedTuple):
     @classmethod
     def select(cls, mod_B6D: Tensor, is_text_S1: Tensor) -> Modulate:
         """Per token. Not compiled, rows are copied, on the CPU in a fifth of the time of ``torch.where``."""
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             which_S = is_text_S1[:, 0].int()
             shift_B2D, scale_B2D, gate_B2D = mod_B6D.unflatten(1, (2, 3)).unbind(2)
             return cls(*(vectors.index_select(1, which_S) for vectors in (shift_B2D, 1 + scale_B2D, gate_B2D)))
@@ -174,7 +175,7 @@ class ModulatedNorm(Part):
         Shift and scale do not outlive the norm. Where gradients are taken and nothing is compiled, results are selected
         and not the vectors: autograd would keep one for each token of those, each of them as large as the stream.
         """
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not is_traced():
             text, video = Modulate.of_kinds(mod_B6D)
             normed_BSD = self.norm(x_BSD)
             return (

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogx_fast.model.cpu import has_int8_products
+from cogx_fast.model.tracing import is_traced
 
 
 def project(linear: Any, x: Tensor, *, gelu: bool = False, reduced_next: bool = False) -> Tensor:
@@ -40,7 +41,7 @@ def project(linear: Any, x: Tensor, *, gelu: bool = False, reduced_next: bool = 
     else:
         out_RO = F.linear(x_RD, weight_OD, linear.bias)
     if gelu:
-        in_place = _is_plain(linear) and not (out_RO.requires_grad or torch.compiler.is_compiling())
+        in_place = _is_plain(linear) and not (out_RO.requires_grad or is_traced())
         out_RO = (torch.ops.aten.gelu_ if in_place else F.gelu)(out_RO, approximate="tanh")
     if reduced_next and is_int8_dynamic(linear) and x.is_cuda:
         # A reduction of the result would be given the int32 product to scale itself, once for each of its loops. A

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from cogx_fast.attention.exchange import Exchange
 from cogx_fast.attention.masks import SparseBlocks
+from cogx_fast.model.tracing import is_traced
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.attached import Attached, name_of, named, on_modules, patched_forward, refuse
 from cogx_fast.runtime.calls import Calls, describe_call
-from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.kinds import kind_of, own
 from cogx_fast.runtime.piece import Compile, Piece
 from cogx_fast.runtime.runner import CallWith, ComputeBlocks, Inputs, Runner, Slots, call_eagerly, compute_all, run

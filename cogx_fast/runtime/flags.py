@@ -1,4 +1,4 @@
-"""torch's flags for a while, where several threads want them at once; and whether this thread is traced."""
+"""torch's flags for a while, where several threads want them at once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 
 class Flags:
@@ -68,12 +66,4 @@ class Flags:
         return seen == [before]
 
 
-def is_traced() -> bool:
-    """Whether this very code is part of what torch compiles or exports.
-
-    ``torch.compiler.is_compiling()`` is true in all threads of the process while one of them compiles (torch 2.13).
-    """
-    return bool(torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting())
-
-
-__all__ = ["Flags", "is_traced"]
+__all__ = ["Flags"]

@@ -17,9 +17,9 @@ from cogx_fast.attention.masks import SparseBlocks, full_block_mask
 from cogx_fast.attention.plan import AttentionPlan
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.tables import Grid, join_rotary, rotary_tables, sincos_table
+from cogx_fast.model.tracing import is_traced
 from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.runtime.baked import BakedSchedule
-from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.runner import Inputs
 
 _TABLES_HELD = 8

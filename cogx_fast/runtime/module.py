@@ -12,12 +12,12 @@ from torch import Tensor
 
 from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.config import ConfigError, TransformerConfig
+from cogx_fast.model.tracing import is_traced
 from cogx_fast.runtime import composition, step_cache
 from cogx_fast.runtime.attached import Watch, check_own
 from cogx_fast.runtime.attention_methods import AttentionMethods
 from cogx_fast.runtime.baked import BakedSchedule, read_schedule
 from cogx_fast.runtime.composition import Feature
-from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.quantized import follow_dtype
 from cogx_fast.runtime.runner import compute_all
 from cogx_fast.runtime.sharded import check_conversion, refuse_moved, refuse_sharded

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, cast
 
+from cogx_fast.model.tracing import is_traced
 from cogx_fast.runtime.attached import Attached, AttachedError, named
 from cogx_fast.runtime.calls import Calls
-from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.kinds import own
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cogx_fast.model.tracing import is_traced
 from cogx_fast.runtime.composition import Feature, feature_of
-from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.step_schedule import FirstBlock, Given, StepCacheError, StepSchedule, Strategy
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from cogx_fast.model.tracing import is_traced
 from cogx_fast.model.transformer import Block
 from cogx_fast.runtime.composition import Feature, OffloadError
-from cogx_fast.runtime.flags import is_traced
 from cogx_fast.runtime.tensors import hash_block, plain_tensors, unflatten
 
 SLOTS = 2

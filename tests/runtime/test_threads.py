@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import cogx_fast
+from cogx_fast.attention.plan import FULL, AttentionPlan
+from cogx_fast.attention.windows import Pattern
 from cogx_fast.runtime.compile import CompileConfig
 from cogx_fast.runtime.flags import Flags
 from cogx_fast.runtime.recompiles import RecompileError, RecompileWarning
@@ -92,17 +94,31 @@ class Shared(types.SimpleNamespace):
             vars(self).update(before)
 
 
-def test_a_call_while_another_thread_compiles_is_compiled() -> None:
-    """torch 2.13 says of every thread that it compiles while one does."""
-    calls, begun, may_end = [], threading.Event(), threading.Event()
-
-    def counting(graph: Any, _: Any) -> Any:
-        return lambda *arguments: [calls.append(1), graph(*arguments)][1]
+@contextmanager
+def another_compiles() -> Iterator[None]:
+    """Another thread is inside of torch's compiler, of which torch 2.13 says in every thread that it compiles."""
+    begun, may_end = threading.Event(), threading.Event()
 
     def slow(graph: Any, _: Any) -> Any:
         begun.set()
         assert may_end.wait(60)
         return graph
+
+    other = threading.Thread(target=lambda: torch.compile(lambda x: x + 1, backend=slow)(torch.ones(2)))
+    other.start()
+    assert begun.wait(60)
+    try:
+        yield
+    finally:
+        may_end.set()
+        other.join()
+
+
+def test_a_call_while_another_thread_compiles_is_compiled() -> None:
+    calls: list[int] = []
+
+    def counting(graph: Any, _: Any) -> Any:
+        return lambda *arguments: [calls.append(1), graph(*arguments)][1]
 
     torch._dynamo.register_backend(counting, "counting")
     model = cogx_fast.load(upstream(CONFIG), compile=CompileConfig(backend="counting"))
@@ -110,13 +126,24 @@ def test_a_call_while_another_thread_compiles_is_compiled() -> None:
     with torch.no_grad():
         model(**arguments)
         of_a_call = len(calls)
-        other = threading.Thread(target=lambda: torch.compile(lambda x: x + 1, backend=slow)(torch.ones(2)))
-        other.start()
-        assert begun.wait(60)
-        model(**arguments)
-        may_end.set()
-        other.join()
+        with another_compiles():
+            model(**arguments)
     assert len(calls) == 2 * of_a_call > 0
+
+
+def test_an_eager_call_while_another_thread_compiles_computes_as_alone() -> None:
+    """Compiled, a plan's blocks are left to the kernel, which an eager call has none of: it would be dense."""
+    plan = AttentionPlan(
+        patterns=(FULL, Pattern(kind="temporal", space=0.1)),
+        choice=((1,) * CONFIG.num_attention_heads,) * CONFIG.num_layers,
+        block_size=16, tile=(2, 2), dense_above=2000.0,
+    )  # fmt: skip
+    for options in ({}, {"attention_plan": plan}):
+        model, arguments = cogx_fast.load(upstream(CONFIG), **options), inputs(CONFIG)
+        with torch.no_grad():
+            alone = model(**arguments).sample
+            with another_compiles():
+                assert torch.equal(model(**arguments).sample, alone), options
 
 
 def test_flags_that_threads_share_are_set_back_by_the_last_to_go() -> None:
