@@ -145,6 +145,7 @@ def load(
     if compile_cache is not None and not compile:
         raise ValueError("compile_cache is given, but compile is False: pass compile=True or leave it out")
     check_offload(offload)
+    place = None if device is None else read_device(device)
     if schedule is not None:
         read_schedule(schedule)
     if attention_plan is None:
@@ -159,7 +160,7 @@ def load(
         model_class(),
         config=config,
         dtype=dtype,
-        device=None if is_asked_for(parallel) else device,  # what is to be shared is never whole there
+        device=None if is_asked_for(parallel) else place,  # what is to be shared is never whole there
         attention="flex" if attention == "auto" and attention_plan is not None else attention,  # it takes plans
         compiled=bool(compile),
         quant=quant,
@@ -175,8 +176,8 @@ def load(
         check=options.check,
     )
     options.set_on(model)
-    if is_asked_for(parallel) and device is not None:
-        model.to(read_device(device))
+    if is_asked_for(parallel) and place is not None:
+        model.to(place)
     if not compile:
         _warn_if_slow(model)
     if compile_cache is not None:

@@ -114,11 +114,14 @@ class AttentionMethods(CogVideoXTransformer):
                 "_native_cudnn", "flash", …).
 
         Raises:
+            PlanError: (a ValueError) the model has an attention plan, and that backend takes no block masks.
             ValueError: there is no backend of that name, it cannot run here, or the model runs a package; the message
                 says what to do.
         """
         self.runner.refuse_packaged(f"the attention backend cannot be set to {backend!r}")
-        self._use_attention(UPSTREAM_NAMES.get(backend.lower(), backend), self.device)
+        name = UPSTREAM_NAMES.get(backend.lower(), backend)
+        composition.check(composition.of_attention([name], has_plan=self.attention_plan is not None))
+        self._use_attention(name, self.device)
         self._attention_is_named = True
 
     def reset_attention_backend(self) -> None:

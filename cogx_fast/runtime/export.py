@@ -29,6 +29,7 @@ from cogx_fast.runtime.code_file import (
     write_artifact,
 )
 from cogx_fast.runtime.package import KIND, SizeRange
+from cogx_fast.runtime.sharded import refuse_sharded
 from cogx_fast.runtime.tensors import hash_block, leaves, named_weights, unflatten
 from cogx_fast.runtime.toolkit import build_tools
 
@@ -57,12 +58,14 @@ def export_package(
         The manifest.
 
     Raises:
+        ShardError: (a ValueError) the model's weights are sharded.
         ValueError: there is no C++ compiler or, on CUDA, no headers or driver to build with (nothing is compiled then);
             or the model cannot be exported.
         OSError: the file cannot be written.
     """
     from quant import recipe_of
 
+    refuse_sharded(model, "export_package", "export from a model that is loaded without shard_weights")
     recipe = recipe_of(model)
     kinds: dict[str, list[int]] = {}
     for index, block in enumerate(model.transformer_blocks):

@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cogx_fast
 from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
+from cogx_fast.runtime.export import export_package
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.package import SizeRange
 from cogx_fast.runtime.parallel import ParallelConfig
 from tests.runtime.shared_steps import SIZES, generate, make, pairs
 from tests.support import AROUND, relative_error
@@ -104,7 +106,7 @@ def refusals(rank: int, checkpoint: str, quantized: str, target: str) -> dict[st
     parallel = ParallelConfig(sequence=2, shard_weights=True)
     model = cogx_fast.load(checkpoint, parallel=parallel)
     expected = generate(model)
-    packaged = make()
+    sizes, packaged = SizeRange(tokens=(96, 128)), make()
     packaged.runner.package = "m.pt2"
 
     def said(act: Callable[[], Any]) -> str:
@@ -124,6 +126,7 @@ def refusals(rank: int, checkpoint: str, quantized: str, target: str) -> dict[st
     messages = {
         "set_loras needs whole weights": said(lambda: model.set_loras([])),
         "set_parallel needs whole weights": said(lambda: model.set_parallel(None)),
+        "export_package needs whole weights": said(lambda: export_package(model, target, sizes)),
         "a copy needs whole weights": said(lambda: copy.deepcopy(model)),
         "state_dict(layout='diffusers') needs whole weights": said(lambda: model.state_dict(layout="diffusers")),
         "its weights are sharded over several processes": said(lambda: model.save_pretrained(target)),

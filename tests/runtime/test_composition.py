@@ -12,6 +12,7 @@ import cogx_fast
 from benchmarks import ROOT
 from benchmarks import composition as docs
 from cogx_fast import CompileConfig, ParallelConfig
+from cogx_fast.attention.plan import PlanError
 from cogx_fast.runtime.compile import compile_model
 from cogx_fast.runtime.composition import REFUSALS, Feature
 from cogx_fast.runtime.runner import Slots, Whole
@@ -47,6 +48,10 @@ def test_a_model_refuses_by_the_same_table() -> None:
     class Odd(Whole):
         is_traceable = False
 
+    planned = cogx_fast.load(make(), attention_plan="radial")
+    with pytest.raises(PlanError, match="an attention plan does not go with attention backend 'sdpa'"):
+        planned.set_attention_backend("native")
+    assert set(planned.attention_backends) == {"flex"}
     model = make()
     model.set_step_cache("first-block:0.1")
     with pytest.raises(ValueError, match=r"first-block:…' does not go with CompileConfig\(scope='model'\)"):
