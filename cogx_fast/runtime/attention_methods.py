@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogx_fast.attention.backends import BACKENDS, UPSTREAM_NAMES, Backend, ready_backend
 from cogx_fast.attention.plan import AttentionPlan
 from cogx_fast.config import TransformerConfig
-from cogx_fast.model.transformer import Attention, Block, CogVideoXTransformer
+from cogx_fast.model.transformer import Attention, Block
 from cogx_fast.runtime import composition
 from cogx_fast.runtime.attached import check_processor
 from cogx_fast.runtime.auto_attention import AttentionFor, Choice, choose_attention
@@ -20,42 +20,19 @@ from cogx_fast.runtime.inputs import Preparation
 from cogx_fast.runtime.runner import Runner
 
 
-class AttentionMethods(CogVideoXTransformer):
-    """A transformer with a runner, whose attention backend and plan can be changed.
+class AttentionMethods:
+    """The methods of a model that say and change how it attends."""
 
-    Args:
-        config: its sizes and options.
-        attention: the attention backend, a name from ``cogx_fast.attention.backends.BACKENDS``.
-    """
-
-    def __init__(self, config: TransformerConfig, *, attention: str = "sdpa") -> None:
-        super().__init__(config, attention=attention)
-        self._config = config  # as it was built; ``config`` may say other sizes of the default video since
-        self._registered = config
-        self.inputs = Preparation(config)
-        """What makes a step's inputs of a call's arguments."""
-        self.runner = Runner()
-        """What runs its steps: eagerly; compiled, set by ``runtime.compile``; or a package, by ``runtime.package``."""
-        self.attention_choice: Choice | None = None
-        """What ``load(attention="auto")`` chose, and why."""
-        self._attention_for: AttentionFor | None = None
-        """What that choice was made for. On another device it is made again, unless a backend was named since."""
-        self._attention_is_named = False
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first parameter lies."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the model's floating-point parameters (the first one's)."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
-
-    @property
-    def config(self) -> TransformerConfig:
-        """The configuration, readable as an object and as a dict."""
-        return self._registered
+    if TYPE_CHECKING:  # what the model has
+        config: TransformerConfig
+        device: torch.device
+        dtype: torch.dtype
+        inputs: Preparation
+        runner: Runner
+        transformer_blocks: nn.ModuleList
+        attention_choice: Choice | None
+        _attention_for: AttentionFor | None
+        _attention_is_named: bool
 
     @property
     def attention_backends(self) -> dict[str, None]:
@@ -165,7 +142,7 @@ class AttentionMethods(CogVideoXTransformer):
         if plan is not None:
             attention = composition.of_attention(self.attention_backends, has_plan=True)
             composition.check({**self.runner.features(), **attention})
-            plan.check(self.config, self)
+            plan.check(self.config, cast(Any, self))
         self.inputs.plan = plan
         self.inputs.tables.clear()
 

@@ -8,18 +8,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.config import ConfigError, TransformerConfig
 from cogx_fast.model.tracing import is_traced
+from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.runtime import composition, step_cache
 from cogx_fast.runtime.attached import Watch, check_own
 from cogx_fast.runtime.attention_methods import AttentionMethods
+from cogx_fast.runtime.auto_attention import AttentionFor, Choice
 from cogx_fast.runtime.baked import BakedSchedule, read_schedule
 from cogx_fast.runtime.composition import Feature
+from cogx_fast.runtime.inputs import Preparation
 from cogx_fast.runtime.quantized import follow_dtype
-from cogx_fast.runtime.runner import compute_all
+from cogx_fast.runtime.runner import Runner, compute_all
 from cogx_fast.runtime.sharded import check_conversion, refuse_moved, refuse_sharded
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import StepSchedule
@@ -44,7 +48,7 @@ class TransformerOutput(NamedTuple):
     sample: Tensor
 
 
-class CogVideoXModel(AttentionMethods):
+class CogVideoXModel(AttentionMethods, CogVideoXTransformer):
     """A CogVideoX transformer that is called as diffusers' ``CogVideoXTransformer3DModel`` is.
 
     It is built with uninitialised or random weights here; ``cogx_fast.load`` gives it real ones.
@@ -56,9 +60,35 @@ class CogVideoXModel(AttentionMethods):
 
     def __init__(self, config: TransformerConfig, *, attention: str = "sdpa") -> None:
         super().__init__(config, attention=attention)
+        self._config = config  # as it was built; ``config`` may say other sizes of the default video since
+        self._registered = config
+        self.inputs = Preparation(config)
+        """What makes a step's inputs of a call's arguments."""
+        self.runner = Runner()
+        """What runs its steps: eagerly; compiled, set by ``runtime.compile``; or a package, by ``runtime.package``."""
         self.merged = Merged(config)
         """The LoRAs that the weights hold."""
+        self.attention_choice: Choice | None = None
+        """What ``load(attention="auto")`` chose, and why."""
+        self._attention_for: AttentionFor | None = None
+        """What that choice was made for. On another device it is made again, unless a backend was named since."""
+        self._attention_is_named = False
         self._attached = Watch()
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]  # AttentionMethods only reads it
+        """Where the first parameter lies."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The dtype of the model's floating-point parameters (the first one's)."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def config(self) -> TransformerConfig:  # type: ignore[override]
+        """The configuration, readable as an object and as a dict."""
+        return self._registered
 
     def register_to_config(self, **values: Any) -> None:
         """Change what the configuration says of the default video, or note keys of the caller's own in it.

@@ -258,9 +258,9 @@ def test_a_plan_needs_a_backend_with_block_masks_and_no_other_mask() -> None:
     arguments = inputs(plain.config)
     with pytest.raises(ValueError, match="an attention plan is set, which is a mask"):
         predict(planned, arguments | {"attention_kwargs": {"attention_mask": torch.ones(2, 128)}})
-    planned.set_attention_backend("sdpa")
-    with pytest.raises(ValueError, match="'sdpa' takes Tensor, got a BlockMask"):
-        predict(planned, arguments)
+    with pytest.raises(PlanError, match="attention backend 'sdpa', which takes no block masks: use 'flex'"):
+        planned.set_attention_backend("sdpa")
+    assert set(planned.attention_backends) == {"flex"}
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
