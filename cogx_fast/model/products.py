@@ -8,6 +8,7 @@ Suffixes: R rows (all dimensions but the last), D inputs, O outputs of the linea
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,13 +42,28 @@ def project(linear: Any, x: Tensor, *, gelu: bool = False, reduced_next: bool = 
     else:
         out_RO = F.linear(x_RD, weight_OD, linear.bias)
     if gelu:
-        in_place = _is_plain(linear) and not (out_RO.requires_grad or is_traced())
-        out_RO = (torch.ops.aten.gelu_ if in_place else F.gelu)(out_RO, approximate="tanh")
+        out_RO = _gelu(out_RO, in_place=_is_plain(linear))
     if reduced_next and is_int8_dynamic(linear) and x.is_cuda:
         # A reduction of the result would be given the int32 product to scale itself, once for each of its loops. A
         # view by strides is one of memory: Inductor stores what it views, scaled, which the product then does.
         out_RO = out_RO.as_strided(out_RO.shape, out_RO.stride())
     return out_RO.unflatten(0, x.shape[:-1])
+
+
+def _gelu(x: Tensor, *, in_place: bool) -> Tensor:
+    """The tanh-GELU; in place where that is allowed and nobody would see it.
+
+    Compiled for the CPU as ``x · sigmoid(2y)``, equal to ``x · (1 + tanh y) / 2``: in vectors Inductor's sigmoid takes
+    0.4 of its tanh's time. Eagerly that is six passes over the widest tensor, which take as long as the operator.
+    """
+    if is_traced() and x.device.type == "cpu" and not torch.is_grad_enabled():
+        return x * torch.sigmoid(x * (_TWICE_ROOT_2_BY_PI + 0.044715 * _TWICE_ROOT_2_BY_PI * x * x))
+    if in_place and not (x.requires_grad or is_traced()):
+        return torch.ops.aten.gelu_(x, approximate="tanh")
+    return F.gelu(x, approximate="tanh")
+
+
+_TWICE_ROOT_2_BY_PI = 2 * math.sqrt(2 / math.pi)
 
 
 def is_int8_dynamic(module: nn.Module) -> bool:

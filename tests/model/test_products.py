@@ -236,6 +236,25 @@ def test_which_are_products_of_int8(scheme: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- on a GPU
 
 
+@for_each("dtype, limit", [(torch.bfloat16, 1.01), (torch.float32, 1.5)])
+def test_the_gelu_compiled_for_the_cpu_is_the_tanh_gelu(dtype: torch.dtype, limit: float) -> None:
+    """As accurate as torch's operator, for large and small values too; with gradients it is that operator."""
+    projection = _projection(dtype)
+    compiled = torch.compile(projection, fullgraph=True)
+    x = torch.randn(3, 40, projection.proj.in_features, dtype=dtype)
+    x[0] *= 1e3
+    x[1] *= 1e-6
+    with torch.no_grad():
+        ours, theirs = compiled(x), _plain(projection, x)
+        rows = F.linear(x, projection.proj.weight, projection.proj.bias)
+    exact = F.gelu(rows.double(), approximate="tanh")
+    assert ours.isfinite().all()
+    for part in range(3):
+        assert relative_error(ours[part], exact[part]) <= limit * relative_error(theirs[part], exact[part])
+    wanted = torch.autograd.grad(_plain(projection, x).sum(), projection.proj.bias)[0]
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), projection.proj.bias)[0], wanted)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "rows"), [("5b", 80), ("5b", 2 * 17776), ("2b", 2 * 17776), ("5b", 45106)])
