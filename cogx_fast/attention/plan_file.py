@@ -13,6 +13,7 @@ from typing import Any
 from cogx_fast.attention.plan import BUILT_IN, AttentionPlan, PlanError
 from cogx_fast.attention.windows import Pattern
 from cogx_fast.config import TransformerConfig
+from cogx_fast.whole_file import write_whole
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,17 +56,6 @@ def write_plan(plan: AttentionPlan, path: str | os.PathLike[str]) -> None:
         OSError: it cannot be written.
     """
     write_whole(path, render_plan(plan))
-
-
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file whole, or not at all."""
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def render_plan(plan: AttentionPlan) -> str:
@@ -159,4 +149,4 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-__all__ = ["choose_plan", "read_plan", "render_plan", "write_plan", "write_whole"]
+__all__ = ["choose_plan", "read_plan", "render_plan", "write_plan"]

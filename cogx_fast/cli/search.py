@@ -11,6 +11,7 @@ from cogx_fast.cli.arguments import add_offload
 from cogx_fast.cli.output import finite
 from cogx_fast.cli.searching import check_out, open_pipeline
 from cogx_fast.terminal import Progress, table
+from cogx_fast.whole_file import write_whole
 
 if TYPE_CHECKING:
     from cogx_fast.pipelines.generation import Request
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
         on_measured=measured,
         on_mix=lambda number: progress.stage(f"measuring mix {number}"),
     )
-    out.write_text(outcome.recipe.to_toml(), encoding="utf-8")
+    write_whole(out, outcome.recipe.to_toml())
     report = _report(arguments, outcome, pipe.transformer, len(samples)) | {"warnings": notes}
     if arguments.check:
         progress.stage("comparing a video")

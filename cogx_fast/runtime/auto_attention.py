@@ -19,8 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from cogx_fast.attention.attend import attend
 from cogx_fast.attention.backends import BACKENDS, ready_backend
 from cogx_fast.attention.masks import full_block_mask
-from cogx_fast.attention.plan_file import write_whole
 from cogx_fast.runtime.candidates import drop_garbage
+from cogx_fast.whole_file import write_whole
 
 _ROUNDS = 5
 _NO_MEMORY = "out of memory at that moment"

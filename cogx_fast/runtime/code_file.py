@@ -6,14 +6,12 @@ these files only from where you would take a program from.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import lzma
 import os
 import platform
-import secrets
 import struct
 import sys
 import zipfile
@@ -23,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from cogx_fast.whole_file import whole_file
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -47,21 +47,12 @@ def write_artifact(
     Raises:
         OSError: it cannot be written; what was there is unchanged.
     """
-    target = Path(path)
     listed = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in members.items()}
     head = {"kind": kind, "format": _FORMAT, **manifest, "members": listed}
-    hidden = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    try:
-        with zipfile.ZipFile(hidden, "w", zipfile.ZIP_DEFLATED) as file:
-            file.writestr(MANIFEST, json.dumps(head, indent=2, sort_keys=True))
-            for name, data in members.items():
-                file.writestr(name, data)
-        with hidden.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(hidden, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            hidden.unlink()
+    with whole_file(path) as hidden, zipfile.ZipFile(hidden, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(MANIFEST, json.dumps(head, indent=2, sort_keys=True))
+        for name, data in members.items():
+            file.writestr(name, data)
 
 
 def read_artifact(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, bytes]]:

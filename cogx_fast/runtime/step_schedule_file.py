@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from cogx_fast.attention.plan_file import write_whole
 from cogx_fast.config import TransformerConfig
 from cogx_fast.runtime.step_schedule import (
     NAMED,
@@ -23,6 +22,7 @@ from cogx_fast.runtime.step_schedule import (
     Strategy,
     TeaCache,
 )
+from cogx_fast.whole_file import write_whole
 
 if sys.version_info >= (3, 11):
     import tomllib

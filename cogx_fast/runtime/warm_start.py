@@ -14,7 +14,6 @@ import functools
 import os
 import platform
 import re
-import secrets
 import sys
 import warnings
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from cogx_fast.runtime.code_file import (
     read_artifact,
     write_artifact,
 )
+from cogx_fast.whole_file import whole_file
 
 if TYPE_CHECKING:
     from cogx_fast.runtime.compile import CompileConfig
@@ -153,9 +153,8 @@ def _install(members: Mapping[str, bytes]) -> None:
         if target.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        hidden = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-        hidden.write_bytes(data)
-        os.replace(hidden, target)  # another process may be at the same
+        with whole_file(target) as hidden:  # another process may be at the same
+            hidden.write_bytes(data)
     if torch.compiler.load_cache_artifacts(members[_ARTIFACTS]) is None:
         raise ArtifactError("the bundle's artifacts cannot be read by this torch")
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from cogx_fast.attention.plan import hash_weights
-from cogx_fast.attention.plan_file import write_whole
 from cogx_fast.measure.devices import Device
 from cogx_fast.measure.roofline import SCHEMES, UNQUANTIZED, Part
+from cogx_fast.whole_file import write_whole
 
 if TYPE_CHECKING:
     from cogx_fast.pipelines.generation import Request

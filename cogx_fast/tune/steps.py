@@ -29,6 +29,7 @@ from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.runner import ComputeBlocks, Inputs, Runner, Slots
 from cogx_fast.runtime.step_cache import StepCache
 from cogx_fast.runtime.step_schedule import Given, StepCacheError, StepSchedule
+from cogx_fast.whole_file import whole_file
 
 if TYPE_CHECKING:
     from cogx_fast.model.transformer import CogVideoXTransformer
@@ -318,9 +319,8 @@ class _Recorded:
     def save(self, path: Path | None) -> None:
         if path is None:
             return
-        part = path.with_suffix(".part.npz")
-        np.savez(part, key=self.key, products=self.products, latents=np.stack(self.latents))
-        part.replace(path)
+        with whole_file(path) as hidden:
+            np.savez(hidden, key=self.key, products=self.products, latents=np.stack(self.latents))
 
 
 def _key(model: CogVideoXModel, pipe: Any, requests: Sequence[Request], tokens: int) -> str:
