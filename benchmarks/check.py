@@ -30,7 +30,7 @@ from cogx_fast.loading import load
 from cogx_fast.measure import contest, timing
 from cogx_fast.measure.contest import OURS, PEER, Contest, Work
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.step_schedule import NAMED
+from cogx_fast.runtime.step_caching.step_schedule import NAMED
 from cogx_fast.sizes import Tokens
 from cogx_fast.terminal import Progress, table
 

@@ -153,7 +153,7 @@ def tiny_videos(*, steps: int = 20, every: int = 3) -> Iterator[Row]:
     from cogx_fast import load
     from cogx_fast.assets import digits, tiny_pipeline_dir
     from cogx_fast.pipelines.generation import Request, quiet
-    from cogx_fast.runtime.compile import CompileConfig, compile_model
+    from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model
     from cogx_fast.sizes import VideoSize
     from cogx_fast.tune.attention import find_plan
     from cogx_fast.video import quality

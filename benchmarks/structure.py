@@ -29,7 +29,7 @@ from benchmarks import gate
 from cogx_fast.config import HUB_IDS, PRESETS, TransformerConfig
 from cogx_fast.measure.explain import Explanation, explain
 from cogx_fast.measure.explain.traffic import KINDS
-from cogx_fast.runtime.compile import CompileConfig
+from cogx_fast.runtime.compiling.compile import CompileConfig
 from cogx_fast.runtime.module import CogVideoXModel
 
 EXPECTED = Path(__file__).resolve().parent / "expected" / "structure.csv"

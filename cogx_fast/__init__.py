@@ -3,8 +3,8 @@
 from cogx_fast.config import TransformerConfig
 from cogx_fast.loading import load, load_package
 from cogx_fast.pipelines.accelerate import accelerate
-from cogx_fast.runtime.compile import CompileConfig
-from cogx_fast.runtime.parallel import ParallelConfig
+from cogx_fast.runtime.compiling.compile import CompileConfig
+from cogx_fast.runtime.distributed.parallel import ParallelConfig
 from cogx_fast.version import __version__
 from cogx_fast.weights.lora import Lora
 

@@ -17,11 +17,11 @@ from cogx_fast.runtime import composition
 from cogx_fast.runtime.attached import is_from
 from cogx_fast.runtime.auto_attention import AttentionFor
 from cogx_fast.runtime.baked import read_schedule
+from cogx_fast.runtime.distributed.sharded import is_asked_for
+from cogx_fast.runtime.for_diffusers.source import check_source
+from cogx_fast.runtime.for_diffusers.upstream import model_class
 from cogx_fast.runtime.options import Options
-from cogx_fast.runtime.sharded import is_asked_for
-from cogx_fast.runtime.source import check_source
 from cogx_fast.runtime.streaming import Offload, check_offload, stream_blocks
-from cogx_fast.runtime.upstream import model_class
 from cogx_fast.sizes import count_tokens, default_video
 from cogx_fast.weights.assemble import Store, Transform, assemble
 from cogx_fast.weights.checkpoint import FileStore
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from cogx_fast.attention.plan import AttentionPlan
-    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.compiling.compile import CompileConfig
+    from cogx_fast.runtime.distributed.parallel import ParallelConfig
     from cogx_fast.runtime.module import CogVideoXModel
-    from cogx_fast.runtime.parallel import ParallelConfig
-    from cogx_fast.runtime.step_schedule import StepSchedule
+    from cogx_fast.runtime.step_caching.step_schedule import StepSchedule
     from quant import Recipe
 
 _GUIDED_BATCH = 2
@@ -80,7 +80,7 @@ def load(
             several; a hub id, or a released model's short name ("5b"); "tiny", the trained pipeline that comes with
             the package; or a live model, diffusers' or ours, whose weights are shared (``weights.live``). Adapters on
             it must be merged; anything else that is attached to it (hooks, patches, processors) is refused by name
-            (``runtime.source``).
+            (``runtime.for_diffusers.source``).
         config: for files without a ``config.json`` beside them, or in its place: a configuration, a mapping, a path, or
             the name of a released model ("5b").
         dtype: of all weights, a ``torch.dtype`` or its name ("bf16", "fp16", "fp32"); None keeps them as stored. Where
@@ -99,8 +99,8 @@ def load(
             decides step by step. Not with ``scope="model"``.
         parallel: share each step with the other processes of a job (``torchrun``), all of which call this: a
             ``ParallelConfig(guidance=2, sequence=4)``, or a ``DeviceMesh`` with these dimensions. With
-            ``shard_weights=True`` each keeps its share of the blocks' weights alone (``runtime.sharded``). Not with
-            ``scope="model"``.
+            ``shard_weights=True`` each keeps its share of the blocks' weights alone
+            (``runtime.distributed.sharded``). Not with ``scope="model"``.
         compile: compile the model, with the default ``CompileConfig`` or a given one.
         compile_cache: start warm from this file, which ``model.save_compile_cache`` wrote: its code is run, so take it
             only from where you trust code. One that does not fit is not used, with a warning that says why.
@@ -181,7 +181,7 @@ def load(
     if not compile:
         _warn_if_slow(model)
     if compile_cache is not None:
-        from cogx_fast.runtime.warm_start import load_compile_cache
+        from cogx_fast.runtime.compiling.warm_start import load_compile_cache
 
         load_compile_cache(model, compile_cache)
     return model
@@ -216,7 +216,7 @@ def load_package(
         ArtifactError: (a ValueError) the file is damaged, or made for another version, device or configuration.
         CheckpointError: (a ValueError) the weights cannot be loaded.
     """
-    from cogx_fast.runtime.package import Package
+    from cogx_fast.runtime.packages.package import Package
 
     check_offload(offload)
     package = Package.read(path, device)
@@ -256,7 +256,7 @@ def load_weights(
 
     Args:
         source, config, dtype, device, quant, loras, keep_source, check_finite: as of ``load``.
-        build: the class (``runtime.upstream.model_class``).
+        build: the class (``runtime.for_diffusers.upstream.model_class``).
         attention: as of ``load``.
         compiled: "auto" times attention as it runs compiled.
         offload: whether the blocks are streamed.

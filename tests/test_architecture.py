@@ -19,21 +19,14 @@ PRIVATE_NAMES = Path(__file__).with_name("private_names.py")
 HEAVY = {
     "accelerate", "diffusers", "huggingface_hub", "imageio", "matplotlib", "peft", "PIL", "torchao", "transformers"
 }  # fmt: skip
-ON_DIFFUSERS = tuple(f"cogx_fast.runtime.{name}" for name in ("diffusers_model", "diffusers_adapters", "adapters"))
+ON_DIFFUSERS = tuple(
+    f"cogx_fast.runtime.for_diffusers.{name}" for name in ("diffusers_model", "diffusers_adapters", "adapters")
+)
 """The modules that import diffusers or peft when they are imported themselves; so importing them counts as that."""
 COMPILER = ("torch._dynamo", "torch._inductor")
 COMPILER_OWNERS = (
-    "cogx_fast/runtime/compile.py",
-    "cogx_fast/runtime/recorder.py",  # its part that notes what was compiled
-    "cogx_fast/runtime/warm_start.py",  # what Inductor left on the disk, and where the next process looks for it
-    "cogx_fast/runtime/export.py",  # compiles ahead of time
-    "cogx_fast/runtime/calls.py",  # its part that holds torch's flags during a call
-    "cogx_fast/runtime/piece.py",  # what runs what was compiled
-    "cogx_fast/runtime/symbols.py",  # its part that marks symbolic sizes
-    "cogx_fast/runtime/candidates.py",  # its part that says what Inductor times
-    "cogx_fast/runtime/merged_loops.py",  # its part that says which loops stay apart
-    "cogx_fast/runtime/toolkit.py",  # whether there is what generated code is built with
-    "cogx_fast/runtime/recompiles.py",  # its part that watches torch compile
+    "cogx_fast/runtime/compiling/",
+    "cogx_fast/runtime/packages/",  # compiles ahead of time
     "cogx_fast/measure/explain/",  # reads what the compiler made of a model: its graphs, schedule and generated code
 )
 
@@ -135,9 +128,17 @@ ABOVE = {
     "__init__": {"config", "loading", "pipelines", "runtime", "version", "weights"},
     "__main__": {"cli"},
 }
+INSIDE_RUNTIME = {
+    "step_caching": set(),
+    "compiling": {"step_caching"},
+    "distributed": {"step_caching"},
+    "packages": {"compiling", "distributed"},
+    "for_diffusers": set(),
+}
+"""What each folder of ``runtime`` may import of the others; all of them may import the files beside them."""
 DOORS = {
     ("cogx_fast.runtime.module", "cogx_fast.measure.explain"): "model.explain() is a method of what users hold",
-    ("cogx_fast.runtime.diffusers_model", "cogx_fast.loading"): "from_pretrained is a class method in diffusers",
+    ("cogx_fast.runtime.for_diffusers.diffusers_model", "cogx_fast.loading"): "from_pretrained is a class method there",
 }
 """The arrows that point up, each for a method that users expect on the class itself, and called when it is."""
 
@@ -160,6 +161,19 @@ def check_directions(root: Path) -> list[str]:
             parts = item.module.split(".")
             target = parts[1] if len(parts) > 1 and is_module(root, ".".join(parts[:2])) else "__init__"
             if source.package[0] == "quant" or target not in {room, *allowed.get(room, ())}:
+                found.append(f"{source.name}:{item.line}: must not import {item.module}")
+    return found
+
+
+def check_directions_inside(root: Path) -> list[str]:
+    """The folders of ``runtime`` import each other in one order."""
+    found = []
+    for source in sources(root, "cogx_fast/runtime"):
+        folder = source.package[-1]
+        for item in imports(source):
+            target = item.module.removeprefix("cogx_fast.runtime.").split(".")[0]
+            allowed = {folder, *INSIDE_RUNTIME.get(folder, INSIDE_RUNTIME)}
+            if target in INSIDE_RUNTIME and not item.types and target not in allowed:
                 found.append(f"{source.name}:{item.line}: must not import {item.module}")
     return found
 
@@ -201,7 +215,7 @@ def check_heavy_imports(root: Path) -> list[str]:
 
 
 def check_compiler_owner(root: Path) -> list[str]:
-    """Only `runtime/compile.py` and its parts touch the compiler's internals (prose may name them)."""
+    """Only `runtime/compiling/compile.py` and its parts touch the compiler's internals (prose may name them)."""
     found = []
     for source in sources(root, "cogx_fast", "quant"):
         if source.name.startswith(COMPILER_OWNERS):
@@ -233,6 +247,7 @@ def check_environment(root: Path) -> list[str]:
 
 RULES: list[Callable[[Path], list[str]]] = [
     check_directions,
+    check_directions_inside,
     check_cycles,
     check_heavy_imports,
     check_compiler_owner,
@@ -266,12 +281,14 @@ def test_the_sources_keep_the_rule(rule):
         (check_directions, "cogx_fast/loading.py", "def f():\n    from cogx_fast import measure"),
         (check_directions, "cogx_fast/pipelines/a.py", "import cogx_fast.tune.steps"),
         (check_directions, "cogx_fast/new_room/a.py", "import cogx_fast.config"),
+        (check_directions_inside, "cogx_fast/runtime/compiling/a.py", "from cogx_fast.runtime.packages import export"),
+        (check_directions_inside, "cogx_fast/runtime/packages/a.py", "import cogx_fast.runtime.for_diffusers.upstream"),
         (check_cycles, "cogx_fast/runtime/a.py", "def f():\n    from cogx_fast.runtime import a"),
         (check_directions, "cogx_fast/weights/a.py", "def f():\n    from cogx_fast.runtime.module import M"),
         (check_directions, "cogx_fast/weights/a.py", "import cogx_fast.pipelines.accelerate"),
         (check_directions, "quant/a.py", "def f():\n    import cogx_fast.config"),
         (check_heavy_imports, "cogx_fast/a.py", "import diffusers.models"),
-        (check_heavy_imports, "cogx_fast/a.py", "from cogx_fast.runtime.diffusers_model import A"),
+        (check_heavy_imports, "cogx_fast/a.py", "from cogx_fast.runtime.for_diffusers.diffusers_model import A"),
         (check_heavy_imports, "cogx_fast/a.py", "try:\n    from PIL import Image\nexcept ImportError:\n    pass"),
         (check_heavy_imports, "cogx_fast/a.py", "class A:\n    import torchao"),
         (check_heavy_imports, "cogx_fast/model/a.py", "def f():\n    import diffusers"),
@@ -298,7 +315,7 @@ def test_a_planted_violation_is_reported(rule, path, text, tmp_path):
         ("cogx_fast/runtime/a.py", "def f():\n    from cogx_fast.weights import layout"),
         ("cogx_fast/weights/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import cogx_fast.cli"),
         ("cogx_fast/runtime/module.py", "def f():\n    from cogx_fast.measure import explain"),
-        ("cogx_fast/runtime/compile.py", "def f():\n    import torch._dynamo as d\n    return d.config"),
+        ("cogx_fast/runtime/compiling/compile.py", "def f():\n    import torch._dynamo as d\n    return d.config"),
         (
             "cogx_fast/pipelines/accelerate.py",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers",

@@ -151,7 +151,7 @@ def test_errors_are_of_the_builtin_kinds():
 
 
 def test_compile_is_called_with_the_config(source, monkeypatch):
-    from cogx_fast.runtime import compile as module
+    from cogx_fast.runtime.compiling import compile as module
 
     calls = []
     monkeypatch.setattr(module, "compile_model", lambda model, config: calls.append((model, config)))

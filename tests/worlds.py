@@ -13,7 +13,7 @@ from typing import Any
 
 TOKEN = "127.0.0.1"
 PRELOADED = [
-    "torch._dynamo", "torch.distributed.device_mesh", "torchao.quantization", "cogx_fast.runtime.parallel",
+    "torch._dynamo", "torch.distributed.device_mesh", "torchao.quantization", "cogx_fast.runtime.distributed.parallel",
     "quant.apply", "diffusers.models.transformers.cogvideox_transformer_3d", "tests.worlds",
 ]  # fmt: skip
 """What every rank would import otherwise, which takes longer than what it is there for."""

@@ -146,7 +146,7 @@ def _has(device: Device, recipe: str) -> bool:
 INT8_OPTIONS = {
     "max_autotune_gemm": True, "epilogue_fusion_first": True, "test_configs.max_mm_configs": 1,
 }  # fmt: skip
-"""For int8 products what a compiled model is given (``cogx_fast.runtime.compile.INT8_OPTIONS``), with the first
+"""For int8 products what a compiled model is given (``compiling.compile.INT8_OPTIONS``), with the first
 candidate of Triton's products in the place of the one that a device would be fastest with."""
 
 

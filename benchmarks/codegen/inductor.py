@@ -23,7 +23,7 @@ from benchmarks.codegen import resources
 from benchmarks.codegen.report import CodegenError
 from cogx_fast.measure.devices import Device
 from cogx_fast.measure.explain.capture import listening
-from cogx_fast.runtime.candidates import candidates
+from cogx_fast.runtime.compiling.candidates import candidates
 
 CONFIG = {
     "force_disable_caches": True,  # a cached graph is not lowered, so not counted

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.gpu.cases import BATCH, STEPS, Case
 from benchmarks.gpu.models import Step, UnsupportedError
 from cogx_fast.measure import devices, roofline, timing
-from cogx_fast.runtime.step_schedule_file import foresee_schedule
+from cogx_fast.runtime.step_caching.step_schedule_file import foresee_schedule
 
 OURS, PEER = "ours", "peer"
 UNITS = {"bandwidth": "GB/s"}

@@ -17,7 +17,7 @@ from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.attention.masks import full_block_mask
 from cogx_fast.attention.plan import LAST_TIMESTEP
 from cogx_fast.measure import contest
-from cogx_fast.runtime.compile import CompileConfig
+from cogx_fast.runtime.compiling.compile import CompileConfig
 
 DTYPE = torch.bfloat16
 Step = Callable[[], Tensor]

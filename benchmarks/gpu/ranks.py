@@ -37,9 +37,9 @@ from cogx_fast.config import PRESETS
 from cogx_fast.measure import contest, roofline, timing
 from cogx_fast.measure.contest import Work
 from cogx_fast.pipelines.shared_decode import plan_tiles, sent_bytes, share_decode
-from cogx_fast.runtime import ranks
-from cogx_fast.runtime.compile import CompileConfig
-from cogx_fast.runtime.parallel import ParallelConfig
+from cogx_fast.runtime.compiling.compile import CompileConfig
+from cogx_fast.runtime.distributed import ranks
+from cogx_fast.runtime.distributed.parallel import ParallelConfig
 from cogx_fast.runtime.runner import Whole
 from cogx_fast.sizes import count_tokens, default_video, latent_frames
 

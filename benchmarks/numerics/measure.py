@@ -143,7 +143,7 @@ def _in_fp32_case(case: Case) -> Case:
 def _as_the_model_is(model: Any, lowered: Lowered) -> Any:
     """The first block as a compiled model calls it: by its runner, which says which sizes are symbolic."""
     from cogx_fast.measure.explain.capture import unbacked_sizes_of_fake_tensors
-    from cogx_fast.runtime.compile import CompileConfig, compile_model
+    from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model
 
     compile_model(model, CompileConfig(), compiler=lowered.compile)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogx_fast.runtime.step_schedule import NAMED, StepSchedule, TeaCache
+from cogx_fast.runtime.step_caching.step_schedule import NAMED, StepSchedule, TeaCache
 from cogx_fast.sizes import count_tokens, default_video
 from cogx_fast.weights.live import model_config
 

@@ -139,7 +139,7 @@ def train_transformer(
     """Train (from the checkpoint in ``folder`` where there is one); ``Run.model`` is the result, averaged."""
     model = make_transformer().to(device)
     if plan.compile:
-        from cogx_fast.runtime.compile import CompileConfig, compile_model
+        from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model
 
         compile_model(model, CompileConfig())
     run = Run(

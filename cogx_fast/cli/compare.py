@@ -160,7 +160,7 @@ def _generate(tasks: tuple[Task, Task], words: tuple[str, str], progress: Progre
     """One after the other, so that there is one model in memory at a time."""
     from cogx_fast.pipelines.demo import reads_digits
     from cogx_fast.pipelines.generation import median_step, open_pipeline, run_pipeline
-    from cogx_fast.runtime.compile import watch_compilation
+    from cogx_fast.runtime.compiling.compile import watch_compilation
     from cogx_fast.video import quality
     from cogx_fast.video.compare import Side
 

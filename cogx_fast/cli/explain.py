@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     from cogx_fast.measure.explain import empty_model, explain
     from cogx_fast.pipelines.generation import DTYPES, choose_device
     from cogx_fast.pipelines.locate import locate, locate_pipeline
-    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.compiling.compile import CompileConfig
 
     model = locate_pipeline("tiny") if arguments.model == "tiny" else locate(arguments.model)
     config = CompileConfig(scope=arguments.scope, mode=arguments.mode)

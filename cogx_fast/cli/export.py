@@ -13,7 +13,7 @@ from cogx_fast.terminal import Progress, scaled, table
 
 if TYPE_CHECKING:
     from cogx_fast.config import TransformerConfig
-    from cogx_fast.runtime.package import SizeRange
+    from cogx_fast.runtime.packages.package import SizeRange
 
 _SIZE = re.compile(r"(\d+)[x×](\d+)[x×](\d+)")
 
@@ -49,8 +49,8 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
     from cogx_fast.loading import load_weights
-    from cogx_fast.runtime.export import export_package
     from cogx_fast.runtime.module import CogVideoXModel
+    from cogx_fast.runtime.packages.export import export_package
 
     out = Path(arguments.out)
     if not out.parent.is_dir():
@@ -90,7 +90,7 @@ def read_sizes(text: str | None, batch: int, config: TransformerConfig) -> SizeR
     Raises:
         ValueError: it is not written so, or the model cannot make a video of that size.
     """
-    from cogx_fast.runtime.package import SizeRange
+    from cogx_fast.runtime.packages.package import SizeRange
     from cogx_fast.sizes import choose_video, count_tokens
 
     if text is None:

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, An
     from cogx_fast.pipelines import workers
 
     if workers.is_worker():
-        from cogx_fast.runtime import ranks
+        from cogx_fast.runtime.distributed import ranks
 
         ranks.start()  # which also chooses this process's GPU
         arguments.nproc = int(os.environ["WORLD_SIZE"])
@@ -58,7 +58,7 @@ def _without_nproc(argv: list[str]) -> list[str]:
 
 def _shared(task: Task, processes: int) -> Task:
     """The task as each of so many processes has it."""
-    from cogx_fast.runtime.parallel import ParallelConfig
+    from cogx_fast.runtime.distributed.parallel import ParallelConfig
 
     heads, guided = task.model.config.num_attention_heads, task.request.guidance > 1
     shares_decode = task.setting.vae_tiling is True
@@ -68,7 +68,7 @@ def _shared(task: Task, processes: int) -> Task:
 
 def _generate(task: Task, arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     from cogx_fast.pipelines import generation
-    from cogx_fast.runtime.compile import watch_compilation
+    from cogx_fast.runtime.compiling.compile import watch_compilation
     from cogx_fast.video import files
 
     out = files.check_writable(arguments.out, ".mp4")

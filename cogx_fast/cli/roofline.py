@@ -14,7 +14,7 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.measure import mesh, roofline
 from cogx_fast.measure.devices import DEVICES, PCIE_SHARE, Device, get_device
 from cogx_fast.pipelines.locate import Model, locate
-from cogx_fast.runtime.step_schedule_file import foresee_schedule
+from cogx_fast.runtime.step_caching.step_schedule_file import foresee_schedule
 from cogx_fast.sizes import Tokens, VideoSize
 from cogx_fast.terminal import Progress, scaled, table
 

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, progress: Progress) -> tuple[dict[str, Any], str]:
     """Carry it out: the report, and its text."""
-    from cogx_fast.runtime.step_schedule_file import write_schedule
+    from cogx_fast.runtime.step_caching.step_schedule_file import write_schedule
     from cogx_fast.tune.steps import find_schedule
 
     out = check_out(arguments)

@@ -17,7 +17,7 @@ from cogx_fast.loading import load
 from cogx_fast.measure import timing
 from cogx_fast.measure.dtypes import default_dtype
 from cogx_fast.model.tables import rotary_tables
-from cogx_fast.runtime.compile import CompileConfig
+from cogx_fast.runtime.compiling.compile import CompileConfig
 from cogx_fast.sizes import Tokens
 from cogx_fast.terminal import Progress
 

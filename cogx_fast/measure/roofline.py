@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from cogx_fast.config import TransformerConfig
 from cogx_fast.measure import costs
 from cogx_fast.measure.devices import GIGA, PCIE_SHARE, PCIE_X16, TERA, Device
-from cogx_fast.runtime.step_schedule import StepSchedule
+from cogx_fast.runtime.step_caching.step_schedule import StepSchedule
 from cogx_fast.sizes import Tokens
 
 Products = Literal["bf16", "fp8", "int8"]

@@ -14,9 +14,9 @@ from cogx_fast.loading import load, read_dtype
 from cogx_fast.pipelines.budget import BudgetError, fit, foresee, read_memory
 from cogx_fast.pipelines.placement import Placement
 from cogx_fast.pipelines.shared_decode import check_decode, share_decode, without_decode
-from cogx_fast.runtime.sharded import is_asked_for
-from cogx_fast.runtime.step_cache import StepCache
-from cogx_fast.runtime.step_schedule import Given
+from cogx_fast.runtime.distributed.sharded import is_asked_for
+from cogx_fast.runtime.step_caching.step_cache import StepCache
+from cogx_fast.runtime.step_caching.step_schedule import Given
 
 Pipeline = TypeVar("Pipeline")
 _OWN_REFERENCES = 3

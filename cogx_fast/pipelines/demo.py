@@ -24,7 +24,7 @@ from cogx_fast.pipelines.generation import (
     truncation_warning,
 )
 from cogx_fast.pipelines.locate import locate_pipeline
-from cogx_fast.runtime.compile import CompilationStats, watch_compilation
+from cogx_fast.runtime.compiling.compile import CompilationStats, watch_compilation
 from cogx_fast.terminal import Progress, table
 from cogx_fast.video import quality
 from cogx_fast.video.compare import check_dependencies

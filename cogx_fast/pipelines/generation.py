@@ -28,7 +28,7 @@ from cogx_fast.weights.headers import FLOATING
 from cogx_fast.weights.sources import resolve
 
 if TYPE_CHECKING:
-    from cogx_fast.runtime.parallel import ParallelConfig
+    from cogx_fast.runtime.distributed.parallel import ParallelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

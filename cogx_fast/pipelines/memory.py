@@ -11,8 +11,8 @@ import torch
 
 from cogx_fast.config import TransformerConfig
 from cogx_fast.model.transformer import CogVideoXTransformer
+from cogx_fast.runtime.compiling.symbols import quantizes_activations
 from cogx_fast.runtime.streaming import SLOTS, stream_blocks
-from cogx_fast.runtime.symbols import quantizes_activations
 from cogx_fast.runtime.tensors import plain_tensors
 from cogx_fast.sizes import Tokens, VideoSize
 from cogx_fast.weights.live import model_config
@@ -240,7 +240,7 @@ def place(
 
 
 def _run_eagerly(transformer: Any) -> None:
-    from cogx_fast.runtime.compile import uncompile_model
+    from cogx_fast.runtime.compiling.compile import uncompile_model
     from cogx_fast.runtime.module import CogVideoXModel
 
     if isinstance(transformer, CogVideoXModel):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogx_fast.runtime.parallel import ParallelConfig, Part, digest_weights
+from cogx_fast.runtime.distributed.parallel import ParallelConfig, Part, digest_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class SharedTiles:
         """
         import torch.distributed as dist
 
-        from cogx_fast.runtime import ranks
+        from cogx_fast.runtime.distributed import ranks
 
         if torch.is_grad_enabled():
             raise ValueError("ParallelConfig(decode=True) is for inference: decode under torch.no_grad()")

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from cogx_fast.attention.attend import attend
 from cogx_fast.attention.backends import BACKENDS, ready_backend
 from cogx_fast.attention.masks import full_block_mask
-from cogx_fast.runtime.candidates import drop_garbage
+from cogx_fast.runtime.compiling.candidates import drop_garbage
 from cogx_fast.whole_file import write_whole
 
 _ROUNDS = 5
@@ -102,7 +102,7 @@ def choose_attention(shape: Shape, dtype: torch.dtype, device: torch.device, *, 
 
 def measure(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, compiled: bool) -> float | str:
     """Median milliseconds of one attention, or why it failed."""
-    from cogx_fast.runtime.kinds import own
+    from cogx_fast.runtime.compiling.kinds import own
 
     before = torch.nn.attention.current_flash_attention_impl()
     try:

@@ -24,7 +24,7 @@ from torch import Tensor
 from cogx_fast.model.tracing import is_traced
 from cogx_fast.model.transformer import CogVideoXTransformer, Conditioning
 from cogx_fast.runtime.attached import on_modules, refuse
-from cogx_fast.runtime.step_cache import place_of
+from cogx_fast.runtime.step_caching.step_cache import place_of
 from cogx_fast.runtime.streaming import HostPart
 from cogx_fast.runtime.tensors import plain_tensors
 

@@ -18,7 +18,7 @@ from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.attention.plan import PlanError
 
 if TYPE_CHECKING:
-    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.compiling.compile import CompileConfig
     from cogx_fast.runtime.runner import Slots
 
 

@@ -15,19 +15,20 @@ from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.config import ConfigError, TransformerConfig
 from cogx_fast.model.tracing import is_traced
 from cogx_fast.model.transformer import CogVideoXTransformer
-from cogx_fast.runtime import composition, step_cache
+from cogx_fast.runtime import composition
 from cogx_fast.runtime.attached import Watch, check_own
 from cogx_fast.runtime.attention_methods import AttentionMethods
 from cogx_fast.runtime.auto_attention import AttentionFor, Choice
 from cogx_fast.runtime.baked import BakedSchedule, read_schedule
 from cogx_fast.runtime.composition import Feature
+from cogx_fast.runtime.distributed.sharded import check_conversion, refuse_moved, refuse_sharded
 from cogx_fast.runtime.inputs import Preparation
 from cogx_fast.runtime.quantized import follow_dtype
 from cogx_fast.runtime.runner import Runner, compute_all
-from cogx_fast.runtime.sharded import check_conversion, refuse_moved, refuse_sharded
-from cogx_fast.runtime.step_cache import StepCache
-from cogx_fast.runtime.step_schedule import StepSchedule
-from cogx_fast.runtime.step_schedule_file import choose_strategy
+from cogx_fast.runtime.step_caching import step_cache
+from cogx_fast.runtime.step_caching.step_cache import StepCache
+from cogx_fast.runtime.step_caching.step_schedule import StepSchedule
+from cogx_fast.runtime.step_caching.step_schedule_file import choose_strategy
 from cogx_fast.runtime.streaming import kept_on_host
 from cogx_fast.weights.lora import LoraLike, read_loras
 from cogx_fast.weights.merge import Merged
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from cogx_fast.measure.explain import Explanation
-    from cogx_fast.runtime.parallel import ParallelConfig
+    from cogx_fast.runtime.distributed.parallel import ParallelConfig
 
 _OF_THE_VIDEO = ("sample_height", "sample_width", "sample_frames", "max_text_seq_length")
 """Fields that pipelines read for their defaults and that no weight depends on, but for learned positions."""
@@ -65,7 +66,7 @@ class CogVideoXModel(AttentionMethods, CogVideoXTransformer):
         self.inputs = Preparation(config)
         """What makes a step's inputs of a call's arguments."""
         self.runner = Runner()
-        """What runs its steps: eagerly; compiled, set by ``runtime.compile``; or a package, by ``runtime.package``."""
+        """What runs its steps: eagerly; compiled, by ``compiling.compile``; or a package, by ``packages.package``."""
         self.merged = Merged(config)
         """The LoRAs that the weights hold."""
         self.attention_choice: Choice | None = None
@@ -268,7 +269,7 @@ class CogVideoXModel(AttentionMethods, CogVideoXTransformer):
         super().__setstate__(state)
         self.merged.note(self)
         if self.runner.compilation is not None:
-            from cogx_fast.runtime.compile import compile_model
+            from cogx_fast.runtime.compiling.compile import compile_model
 
             compile_model(self, self.runner.compilation.config)
 
@@ -321,7 +322,7 @@ class CogVideoXModel(AttentionMethods, CogVideoXTransformer):
         Raises:
             ValueError: it does not fit the model, how it runs, or the number of ranks; or there is no job.
         """
-        from cogx_fast.runtime.parallel import parallelize
+        from cogx_fast.runtime.distributed.parallel import parallelize
 
         if parallel is not None:  # before ranks are joined
             composition.check({**self.runner.features(), **composition.named(Feature.PARALLEL)})
@@ -373,7 +374,7 @@ class CogVideoXModel(AttentionMethods, CogVideoXTransformer):
     def save_compile_cache(self, path: str | os.PathLike[str]) -> None:
         """Write what compiling this model made, for ``load(..., compile_cache=path)`` to start warm from.
 
-        The file is code for whoever loads it. What decides whether it fits is in ``runtime.warm_start.describe``.
+        The file is code for whoever loads it. What decides whether it fits is in ``compiling.warm_start.describe``.
 
         Args:
             path: the file; replaced if it is there.
@@ -382,7 +383,7 @@ class CogVideoXModel(AttentionMethods, CogVideoXTransformer):
             ValueError: the model is not compiled, or was not called yet.
             OSError: it cannot be written.
         """
-        from cogx_fast.runtime.warm_start import save_compile_cache
+        from cogx_fast.runtime.compiling.warm_start import save_compile_cache
 
         save_compile_cache(self, path)
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 from cogx_fast.attention.plan_file import choose_plan
 from cogx_fast.runtime import composition
 from cogx_fast.runtime.composition import Feature
-from cogx_fast.runtime.sharded import is_asked_for
-from cogx_fast.runtime.step_schedule_file import choose_strategy
+from cogx_fast.runtime.distributed.sharded import is_asked_for
+from cogx_fast.runtime.step_caching.step_schedule_file import choose_strategy
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from cogx_fast.attention.plan import AttentionPlan
-    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.compiling.compile import CompileConfig
+    from cogx_fast.runtime.distributed.parallel import ParallelConfig
     from cogx_fast.runtime.module import CogVideoXModel
-    from cogx_fast.runtime.parallel import ParallelConfig
-    from cogx_fast.runtime.step_schedule import StepSchedule
+    from cogx_fast.runtime.step_caching.step_schedule import StepSchedule
     from quant import Recipe
 
 
@@ -78,7 +78,7 @@ class Options:
             model.set_parallel(self.parallel)
             self._split = model.runner.slots.split
         if self.compile:
-            from cogx_fast.runtime.compile import CompileConfig, compile_model
+            from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model
 
             compile_model(model, CompileConfig() if self.compile is True else self.compile)
 

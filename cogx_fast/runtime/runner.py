@@ -34,7 +34,7 @@ from cogx_fast.runtime import composition
 
 if TYPE_CHECKING:
     from cogx_fast.runtime.baked import Table
-    from cogx_fast.runtime.compile import Compilation
+    from cogx_fast.runtime.compiling.compile import Compilation
 
 
 class Inputs(NamedTuple):

@@ -27,8 +27,8 @@ from torch import Tensor
 from cogx_fast.attention.plan import hash_config, hash_weights
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.runner import ComputeBlocks, Inputs, Runner, Slots
-from cogx_fast.runtime.step_cache import StepCache
-from cogx_fast.runtime.step_schedule import Given, StepCacheError, StepSchedule
+from cogx_fast.runtime.step_caching.step_cache import StepCache
+from cogx_fast.runtime.step_caching.step_schedule import Given, StepCacheError, StepSchedule
 from cogx_fast.whole_file import whole_file
 
 if TYPE_CHECKING:

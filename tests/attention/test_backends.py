@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from cogx_fast.attention.attend import attend
 from cogx_fast.attention.backends import BACKENDS, Backend, get_backend, ready_backend
 from cogx_fast.attention.masks import full_block_mask
-from cogx_fast.runtime.compile import watch_compilation
+from cogx_fast.runtime.compiling.compile import watch_compilation
 from tests.attention.test_attend import plain, qkv
 from tests.cases import for_each
 from tests.support import relative_error

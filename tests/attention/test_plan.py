@@ -16,7 +16,7 @@ from cogx_fast.attention.plan import BUILT_IN, FULL, AttentionPlan, PlanError, h
 from cogx_fast.attention.plan_file import choose_plan, read_plan, render_plan, write_plan
 from cogx_fast.attention.windows import Pattern, block_boxes, kept_blocks, token_order
 from cogx_fast.config import PRESETS
-from cogx_fast.runtime.compile import CompileConfig, compile_model, uncompile_model, watch_compilation
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model, uncompile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.sizes import count_tokens, default_video
 from tests.cases import for_each

@@ -140,8 +140,8 @@ def known(rows: int, width: int) -> Any:
 
 def packaged(recipe: str | None = None, tokens: int = TOKENS) -> Any:
     """The block as a package compiles it: exported, its weights inputs."""
-    from cogx_fast.runtime.export import export_block
-    from cogx_fast.runtime.package import SizeRange
+    from cogx_fast.runtime.packages.export import export_block
+    from cogx_fast.runtime.packages.package import SizeRange
     from cogx_fast.runtime.tensors import leaves
 
     made, (x_BSD, mod_B12D, is_text_S1, rotary, _) = our_block("tiny", "sdpa", tokens=tokens, recipe=recipe)

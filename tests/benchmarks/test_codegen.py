@@ -169,7 +169,7 @@ def test_a_packages_block_is_the_compiled_one(planted: Planted, packaged: str, c
 
 
 def test_int8_cases_are_compiled_as_the_model_is() -> None:
-    from cogx_fast.runtime.compile import INT8_OPTIONS as THE_MODELS
+    from cogx_fast.runtime.compiling.compile import INT8_OPTIONS as THE_MODELS
 
     ours = {**INT8_OPTIONS}
     assert ours.pop("max_autotune_gemm")  # part of the mode

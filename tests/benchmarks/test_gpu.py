@@ -22,8 +22,8 @@ from cogx_fast.attention.plan import BUILT_IN
 from cogx_fast.measure import contest, devices, timing
 from cogx_fast.model import layers
 from cogx_fast.model.cpu import computes
-from cogx_fast.runtime.step_cache import StepCache
-from cogx_fast.runtime.step_schedule_file import foresee_schedule
+from cogx_fast.runtime.step_caching.step_cache import StepCache
+from cogx_fast.runtime.step_caching.step_schedule_file import foresee_schedule
 
 CPU = torch.device("cpu")
 BLOCK = Case(model="tiny", part="block")

@@ -17,7 +17,7 @@ import cogx_fast
 from benchmarks.standin import journal
 from benchmarks.standin.journal import Journal
 from cogx_fast.config import PRESETS
-from cogx_fast.runtime.compile import CompileConfig
+from cogx_fast.runtime.compiling.compile import CompileConfig
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.support import AROUND, inputs, small
 

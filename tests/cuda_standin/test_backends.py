@@ -9,8 +9,8 @@ import cogx_fast
 from cogx_fast.attention.plan_file import choose_plan
 from cogx_fast.config import PRESETS
 from cogx_fast.runtime import auto_attention
-from cogx_fast.runtime.compile import CompileConfig
-from cogx_fast.runtime.recompiles import watch_compilation
+from cogx_fast.runtime.compiling.compile import CompileConfig
+from cogx_fast.runtime.compiling.recompiles import watch_compilation
 from cogx_fast.sizes import count_tokens, default_video
 from tests.cuda_standin.device import (
     FAST,

@@ -17,9 +17,9 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 import cogx_fast
 import quant
 from benchmarks.standin import journal
-from cogx_fast.runtime.compile import CompileConfig, compile_model
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model
+from cogx_fast.runtime.compiling.recompiles import watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.recompiles import watch_compilation
 from tests.cuda_standin.device import (
     IS_ONE_APART,
     STOPS_AT_VIEWS,

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.standin import journal
 from cogx_fast.measure.contest import call_arguments
-from cogx_fast.runtime.compile import compile_model
-from cogx_fast.runtime.recompiles import watch_compilation
+from cogx_fast.runtime.compiling.compile import compile_model
+from cogx_fast.runtime.compiling.recompiles import watch_compilation
 from cogx_fast.sizes import count_tokens, default_video
 from tests.cuda_standin.device import (
     BLOCK_PRODUCTS,

@@ -18,7 +18,7 @@ from cogx_fast.measure.contest import call_arguments
 from cogx_fast.pipelines import memory
 from cogx_fast.pipelines.budget import BudgetError
 from cogx_fast.pipelines.memory import step_bytes
-from cogx_fast.runtime.compile import CompileConfig, compile_model
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.sizes import count_tokens, default_video
 from tests.cuda_standin.device import FAST, GIB, attention_kernels, checkpoint, peak_bytes

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.standin import journal
-from cogx_fast.runtime.compile import CompileConfig
-from cogx_fast.runtime.recompiles import watch_compilation
+from cogx_fast.runtime.compiling.compile import CompileConfig
+from cogx_fast.runtime.compiling.recompiles import watch_compilation
 from tests.cuda_standin.device import FAST, FEW_CANDIDATES, IS_ONE_APART, attention_kernels, call, model, of_all_batches
 from tests.support import AROUND, inputs
 

@@ -12,8 +12,8 @@ import torch
 
 import cogx_fast
 from cogx_fast.loading import load_package
-from cogx_fast.runtime.export import export_package
-from cogx_fast.runtime.package import SizeRange
+from cogx_fast.runtime.packages.export import export_package
+from cogx_fast.runtime.packages.package import SizeRange
 from tests.cuda_standin.device import FAST, FEW_CANDIDATES, attention_kernels, call, checkpoint
 
 LAYERS = 2

@@ -15,8 +15,8 @@ from cogx_fast.config import TransformerConfig
 from cogx_fast.pipelines.generation import Setting, is_compiled, open_pipeline
 from cogx_fast.pipelines.locate import locate_pipeline
 from cogx_fast.runtime.attached import AttachedError
-from cogx_fast.runtime.compile import CompileConfig
-from cogx_fast.runtime.recompiles import watch_compilation
+from cogx_fast.runtime.compiling.compile import CompileConfig
+from cogx_fast.runtime.compiling.recompiles import watch_compilation
 from cogx_fast.sizes import VideoSize
 from tests import pipes
 from tests.cuda_standin.device import FAST, attention_kernels, peak_bytes

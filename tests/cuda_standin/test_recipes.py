@@ -7,8 +7,8 @@ import torch
 
 import quant
 from benchmarks.standin.journal import Journal
-from cogx_fast.runtime.compile import CompileConfig
-from cogx_fast.runtime.recompiles import watch_compilation
+from cogx_fast.runtime.compiling.compile import CompileConfig
+from cogx_fast.runtime.compiling.recompiles import watch_compilation
 from quant import QuantError
 from tests.cuda_standin.device import BLOCK_PRODUCTS, FAST, attention_kernels, call, model, of_all_batches
 

@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cogx_fast.config import PRESETS
-from cogx_fast.runtime.compile import compile_model
+from cogx_fast.runtime.compiling.compile import compile_model
+from cogx_fast.runtime.compiling.recompiles import watch_compilation
+from cogx_fast.runtime.distributed.sharded import shard_blocks
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.recompiles import watch_compilation
-from cogx_fast.runtime.sharded import shard_blocks
 from tests.cuda_standin.device import FAST, peak_bytes
 from tests.cuda_standin.test_memory import arguments
 

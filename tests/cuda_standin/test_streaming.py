@@ -16,9 +16,9 @@ import cogx_fast
 from benchmarks.standin import journal
 from cogx_fast.config import PRESETS
 from cogx_fast.measure import costs
-from cogx_fast.runtime.compile import CompileConfig, compile_model
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model
+from cogx_fast.runtime.compiling.recompiles import watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.recompiles import watch_compilation
 from cogx_fast.runtime.streaming import SideStream, stream_blocks
 from tests.cuda_standin.device import FAST, GIB, call, model, peak_bytes
 from tests.cuda_standin.test_memory import arguments

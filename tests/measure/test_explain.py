@@ -18,10 +18,10 @@ from cogx_fast.measure.explain import Explanation, empty_model, explain
 from cogx_fast.measure.explain.capture import Capture, Clock
 from cogx_fast.measure.explain.rehearsal import Rehearsal
 from cogx_fast.measure.explain.report import Graph
-from cogx_fast.runtime.compile import compile_model, watch_compilation
+from cogx_fast.runtime.compiling.compile import compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.step_cache import Step, StepCache
-from cogx_fast.runtime.step_schedule import StepSchedule
+from cogx_fast.runtime.step_caching.step_cache import Step, StepCache
+from cogx_fast.runtime.step_caching.step_schedule import StepSchedule
 from tests.cases import for_each
 from tests.conftest import report, run_cli
 from tests.runtime import generations

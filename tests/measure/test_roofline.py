@@ -20,8 +20,8 @@ from cogx_fast.config import PRESETS
 from cogx_fast.measure import mesh, roofline
 from cogx_fast.measure.devices import DEVICES
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.step_schedule import StepSchedule
-from cogx_fast.runtime.step_schedule_file import write_schedule
+from cogx_fast.runtime.step_caching.step_schedule import StepSchedule
+from cogx_fast.runtime.step_caching.step_schedule_file import write_schedule
 from cogx_fast.runtime.streaming import HostPart
 from tests.cases import for_each
 from tests.conftest import report, run_cli

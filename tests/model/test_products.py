@@ -287,8 +287,8 @@ def test_on_cuda_compiled_quantized_products_are_the_plain_ones(scheme: str, row
     """Compiled, with the product's own scaling where it is int8, beside torchao's formula in fp32."""
     from torchao.quantization import quantize_
 
-    from cogx_fast.runtime.candidates import candidates
-    from cogx_fast.runtime.compile import INT8_OPTIONS
+    from cogx_fast.runtime.compiling.candidates import candidates
+    from cogx_fast.runtime.compiling.compile import INT8_OPTIONS
     from quant.schemes import torchao_config
 
     torch.manual_seed(0)

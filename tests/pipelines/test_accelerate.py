@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast.runtime.compile import watch_compilation
+from cogx_fast.runtime.compiling.compile import watch_compilation
+from cogx_fast.runtime.for_diffusers.upstream import model_class
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.step_schedule import StepSchedule
-from cogx_fast.runtime.upstream import model_class
+from cogx_fast.runtime.step_caching.step_schedule import StepSchedule
 from cogx_fast.video.quality import psnr
 from tests.cases import for_each
 from tests.pipes import KINDS, generate, make_pipe

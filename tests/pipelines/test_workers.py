@@ -18,7 +18,7 @@ EXITS = """
 import os, sys
 if os.environ["RANK"] == "1":
     sys.exit()
-from cogx_fast.runtime import ranks
+from cogx_fast.runtime.distributed import ranks
 ranks.start()
 """
 STOPS = """

@@ -11,7 +11,7 @@ from torch import nn
 
 import cogx_fast
 import quant
-from cogx_fast.runtime.compile import watch_compilation
+from cogx_fast.runtime.compiling.compile import watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.cases import for_each
 from tests.pipes import make_pipe

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.runner import Runner
-from cogx_fast.runtime.step_schedule import StepSchedule
+from cogx_fast.runtime.step_caching.step_schedule import StepSchedule
 from tests.support import inputs, small
 
 LAYERS = 4

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cogx_fast
-from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
-from cogx_fast.runtime.export import export_package
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model, watch_compilation
+from cogx_fast.runtime.distributed.parallel import ParallelConfig
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.package import SizeRange
-from cogx_fast.runtime.parallel import ParallelConfig
+from cogx_fast.runtime.packages.export import export_package
+from cogx_fast.runtime.packages.package import SizeRange
 from tests.runtime.shared_steps import SIZES, generate, make, pairs
 from tests.support import AROUND, relative_error
 

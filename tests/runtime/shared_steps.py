@@ -21,11 +21,11 @@ from cogx_fast.attention.plan import FULL, AttentionPlan
 from cogx_fast.attention.windows import Pattern
 from cogx_fast.measure import roofline
 from cogx_fast.pipelines.shared_decode import SharedTiles, plan_tiles, sent_bytes, share_decode
-from cogx_fast.runtime import ranks
-from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model, watch_compilation
+from cogx_fast.runtime.distributed import ranks
+from cogx_fast.runtime.distributed.parallel import ParallelConfig
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.parallel import ParallelConfig
-from cogx_fast.runtime.step_schedule import StepSchedule
+from cogx_fast.runtime.step_caching.step_schedule import StepSchedule
 from cogx_fast.sizes import Tokens
 from tests.support import AROUND, inputs, relative_error, small
 

@@ -180,7 +180,7 @@ def test_what_diffusers_would_not_see_is_loaded_and_what_is_wrong_is_refused(tmp
 
 @pytest.mark.filterwarnings("ignore")
 def test_they_work_compiled_quantized_and_copied_without_compiling_again(tmp_path: Path) -> None:
-    from cogx_fast.runtime.compile import watch_compilation
+    from cogx_fast.runtime.compiling.compile import watch_compilation
 
     pipe = make_pipe(KIND, PRESET)
     pipe.transformer.bfloat16().save_pretrained(tmp_path / "model")

@@ -16,7 +16,7 @@ from torch import Tensor
 from cogx_fast.attention.backends import BACKENDS, Backend
 from cogx_fast.runtime import auto_attention
 from cogx_fast.runtime.auto_attention import Choice, choose_attention
-from cogx_fast.runtime.compile import watch_compilation
+from cogx_fast.runtime.compiling.compile import watch_compilation
 from tests.cases import for_each
 
 CPU, SHAPE = torch.device("cpu"), (2, 40, 3, 16)
@@ -211,7 +211,7 @@ def test_a_gpu_is_measured_and_remembered() -> None:
 
 
 @pytest.mark.filterwarnings(
-    "ignore::cogx_fast.runtime.recompiles.RecompileWarning"
+    "ignore::cogx_fast.runtime.compiling.recompiles.RecompileWarning"
 )  # the first call with a mask is one
 @for_each("compile", [False, True], "chosen", ["quick", "flex"])
 def test_a_choice_that_takes_no_mask_refuses_no_call(
@@ -219,9 +219,9 @@ def test_a_choice_that_takes_no_mask_refuses_no_call(
 ) -> None:
     """Calls without a mask go on with what was chosen, and compile nothing after one that had a mask."""
     import cogx_fast
-    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.compiling.compile import CompileConfig
+    from cogx_fast.runtime.compiling.recompiles import watch_compilation
     from cogx_fast.runtime.module import CogVideoXModel
-    from cogx_fast.runtime.recompiles import watch_compilation
     from tests.support import inputs, small
 
     torch.manual_seed(0)

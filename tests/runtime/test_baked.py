@@ -17,7 +17,7 @@ from torch import Tensor
 import cogx_fast
 from cogx_fast.runtime.attached import AttachedError
 from cogx_fast.runtime.baked import ScheduleError, Table, bake
-from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.streaming import stream_blocks
 from tests.cases import for_each

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cogx_fast.config import TransformerConfig
-from cogx_fast.runtime.compile import (
+from cogx_fast.runtime.compiling.compile import (
     CompileConfig,
     RecompileWarning,
     compile_model,

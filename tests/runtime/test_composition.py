@@ -13,10 +13,10 @@ from benchmarks import ROOT
 from benchmarks import composition as docs
 from cogx_fast import CompileConfig, ParallelConfig
 from cogx_fast.attention.plan import PlanError
-from cogx_fast.runtime.compile import compile_model
+from cogx_fast.runtime.compiling.compile import compile_model
 from cogx_fast.runtime.composition import REFUSALS, Feature
 from cogx_fast.runtime.runner import Slots, Whole
-from cogx_fast.runtime.step_schedule import StepSchedule
+from cogx_fast.runtime.step_caching.step_schedule import StepSchedule
 from tests.runtime.generations import generate, make, timesteps
 from tests.support import relative_error
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import quant
-from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model, watch_compilation
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.support import inputs, predict, relative_error, small
 

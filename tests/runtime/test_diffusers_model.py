@@ -187,7 +187,7 @@ COPIES = {"pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch.save
 
 @for_each("how", COPIES, "name, compiled", [*((name, False) for name in RELEASED), ("5b", True)])
 def test_copies_compute_the_same_on_weights_of_their_own(how: str, name: str, compiled: bool) -> None:
-    from cogx_fast.runtime.compile import CompileConfig, compile_model
+    from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model
 
     model = cogx_fast.load(upstream(small(name)))
     model.register_to_config(note="mine")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from cogx_fast.loading import load, load_package, load_weights
-from cogx_fast.runtime import export
-from cogx_fast.runtime.export import export_package
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.package import SizeRange
+from cogx_fast.runtime.packages import export
+from cogx_fast.runtime.packages.export import export_package
+from cogx_fast.runtime.packages.package import SizeRange
 from tests.cases import for_each
 from tests.runtime.test_package import SIZES, check, first_output
 from tests.support import RELEASED, inputs, predict, relative_error, small, upstream
@@ -37,7 +37,7 @@ def test_int8_products_are_compiled_as_without_a_package(
 ) -> None:
     import torch._inductor
 
-    from cogx_fast.runtime.compile import INT8_OPTIONS
+    from cogx_fast.runtime.compiling.compile import INT8_OPTIONS
 
     found: dict[str, Any] = {}
     monkeypatch.setattr(export, "export_block", lambda *_: None)

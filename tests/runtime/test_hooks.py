@@ -16,7 +16,7 @@ import cogx_fast
 from cogx_fast.model.layers import FeedForward
 from cogx_fast.model.transformer import Block
 from cogx_fast.runtime.attached import AttachedError
-from cogx_fast.runtime.compile import RecompileError, RecompileWarning, watch_compilation
+from cogx_fast.runtime.compiling.compile import RecompileError, RecompileWarning, watch_compilation
 from tests.cases import for_each
 from tests.runtime.attached import CONFIG, SCOPES, build, run
 from tests.support import AROUND, relative_error, upstream
@@ -215,7 +215,7 @@ def test_offloading_and_casting_work_or_say_what_to_do_instead(scope: str, way: 
 
 
 def test_compiling_a_model_with_them_says_so_at_once() -> None:
-    from cogx_fast.runtime.compile import compile_model
+    from cogx_fast.runtime.compiling.compile import compile_model
 
     model = build()
     layerwise(model)
@@ -224,7 +224,7 @@ def test_compiling_a_model_with_them_says_so_at_once() -> None:
 
 
 def test_compiling_again_and_not_at_all_keeps_hooks_and_patches() -> None:
-    from cogx_fast.runtime.compile import compile_model, uncompile_model
+    from cogx_fast.runtime.compiling.compile import compile_model, uncompile_model
 
     model = build("block")
     expected = run(model)
@@ -252,7 +252,7 @@ def test_a_patch_of_a_compiled_block_that_cannot_pass_on_how_it_is_computed_is_n
 def test_blocks_that_had_a_hook_are_compiled() -> None:
     from diffusers.hooks import HookRegistry, ModelHook
 
-    from cogx_fast.runtime.compile import compile_model
+    from cogx_fast.runtime.compiling.compile import compile_model
 
     class Mine(ModelHook):
         pass

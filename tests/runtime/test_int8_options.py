@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from cogx_fast.model.products import is_int8_dynamic
-from cogx_fast.runtime import compile
-from cogx_fast.runtime.compile import INT8_OPTIONS, CompileConfig, inductor_options
+from cogx_fast.runtime.compiling import compile
+from cogx_fast.runtime.compiling.compile import INT8_OPTIONS, CompileConfig, inductor_options
 from quant import quantize
 from tests.cases import for_each
 from tests.support import small

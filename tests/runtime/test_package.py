@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 import cogx_fast
 from cogx_fast.loading import load, load_package
-from cogx_fast.runtime import package as module
 from cogx_fast.runtime import streaming
 from cogx_fast.runtime.code_file import ArtifactError, read_artifact, write_artifact
 from cogx_fast.runtime.module import CogVideoXModel
+from cogx_fast.runtime.packages import package as module
 from tests import worlds
 from tests.cases import for_each
 from tests.conftest import Package

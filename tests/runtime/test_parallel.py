@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cogx_fast.runtime.parallel import ParallelConfig
+from cogx_fast.runtime.distributed.parallel import ParallelConfig
 from tests import worlds
 
 SHARED = "tests.runtime.shared_steps"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from cogx_fast.runtime import recompiles
-from cogx_fast.runtime.compile import CompileConfig, compile_model
+from cogx_fast.runtime.compiling import recompiles
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.support import inputs, small
 

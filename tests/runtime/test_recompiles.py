@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cogx_fast.runtime.compile import (
+from cogx_fast.runtime.compiling.compile import (
     CompileConfig,
     RecompileError,
     RecompileWarning,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogx_fast.runtime.compile import CompileConfig, compile_model
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.runtime.runner import ComputeBlocks, ForBlocks, Runner, Slots, Whole
 from tests.support import inputs, relative_error, small

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import cogx_fast
-from cogx_fast.runtime.parallel import ParallelConfig
+from cogx_fast.runtime.distributed.parallel import ParallelConfig
 from tests import worlds
 from tests.runtime.shared_steps import make
 

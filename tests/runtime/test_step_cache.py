@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import cogx_fast
-from cogx_fast.runtime.compile import CompileConfig, compile_model, uncompile_model, watch_compilation
-from cogx_fast.runtime.step_cache import place_of
-from cogx_fast.runtime.step_schedule import StepCacheError
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model, uncompile_model, watch_compilation
+from cogx_fast.runtime.step_caching.step_cache import place_of
+from cogx_fast.runtime.step_caching.step_schedule import StepCacheError
 from tests.cases import for_each
 from tests.runtime.generations import LAYERS, Counted, counted, generate, generate_guided, make, schedule, timesteps
 from tests.support import AROUND, inputs, relative_error

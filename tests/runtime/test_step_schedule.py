@@ -12,8 +12,13 @@ import torch
 import cogx_fast
 from cogx_fast.attention.plan import hash_config
 from cogx_fast.config import PRESETS
-from cogx_fast.runtime.step_schedule import NAMED, StepCacheError, StepSchedule
-from cogx_fast.runtime.step_schedule_file import choose_strategy, read_schedule, render_schedule, write_schedule
+from cogx_fast.runtime.step_caching.step_schedule import NAMED, StepCacheError, StepSchedule
+from cogx_fast.runtime.step_caching.step_schedule_file import (
+    choose_strategy,
+    read_schedule,
+    render_schedule,
+    write_schedule,
+)
 from tests.cases import for_each
 from tests.runtime.generations import LAYERS, counted, generate, make, schedule, timesteps
 

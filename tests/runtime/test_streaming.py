@@ -16,9 +16,9 @@ from torch import Tensor
 
 import cogx_fast
 from cogx_fast.attention.plan_file import choose_plan
-from cogx_fast.runtime.compile import CompileConfig, compile_model, watch_compilation
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model, watch_compilation
+from cogx_fast.runtime.distributed.parallel import ParallelConfig
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.parallel import ParallelConfig
 from cogx_fast.runtime.runner import Runner, Slots, compute_all
 from cogx_fast.runtime.streaming import InOrder, OffloadError, StreamedBlocks, stream_blocks
 from tests.cases import for_each

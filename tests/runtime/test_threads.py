@@ -16,9 +16,9 @@ import torch
 import cogx_fast
 from cogx_fast.attention.plan import FULL, AttentionPlan
 from cogx_fast.attention.windows import Pattern
-from cogx_fast.runtime.compile import CompileConfig
-from cogx_fast.runtime.flags import Flags
-from cogx_fast.runtime.recompiles import RecompileError, RecompileWarning
+from cogx_fast.runtime.compiling.compile import CompileConfig
+from cogx_fast.runtime.compiling.flags import Flags
+from cogx_fast.runtime.compiling.recompiles import RecompileError, RecompileWarning
 from tests.support import inputs, small, upstream
 
 CONFIG = small("5b")

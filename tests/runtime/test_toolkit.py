@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from cogx_fast.runtime.toolkit import build_tools
+from cogx_fast.runtime.packages.toolkit import build_tools
 from tests.cases import for_each
 
 CUDA = torch.device("cuda")

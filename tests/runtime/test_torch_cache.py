@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from cogx_fast.runtime.compile import CompileConfig, compile_model
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model
+from cogx_fast.runtime.compiling.torch_cache import CacheDirectory, storage_error
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.torch_cache import CacheDirectory, storage_error
 from tests.support import inputs, relative_error, small
 
 

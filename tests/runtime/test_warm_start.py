@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import cogx_fast
-from cogx_fast.runtime import warm_start
 from cogx_fast.runtime.code_file import read_artifact, write_artifact
-from cogx_fast.runtime.compile import CompileConfig, compile_model
+from cogx_fast.runtime.compiling import warm_start
+from cogx_fast.runtime.compiling.compile import CompileConfig, compile_model
+from cogx_fast.runtime.compiling.recorder import Recorder
+from cogx_fast.runtime.compiling.warm_start import load_compile_cache, save_compile_cache
 from cogx_fast.runtime.module import CogVideoXModel
-from cogx_fast.runtime.recorder import Recorder
-from cogx_fast.runtime.warm_start import load_compile_cache, save_compile_cache
 from tests.cases import for_each
 from tests.support import inputs, small, upstream
 

@@ -14,9 +14,9 @@ import cogx_fast
 from cogx_fast.assets import tiny_pipeline_dir
 from cogx_fast.pipelines.generation import Request, run_pipeline
 from cogx_fast.runtime.runner import Runner
-from cogx_fast.runtime.step_cache import StepCache
-from cogx_fast.runtime.step_schedule import Given, StepCacheError, StepSchedule
-from cogx_fast.runtime.step_schedule_file import read_schedule
+from cogx_fast.runtime.step_caching.step_cache import StepCache
+from cogx_fast.runtime.step_caching.step_schedule import Given, StepCacheError, StepSchedule
+from cogx_fast.runtime.step_caching.step_schedule_file import read_schedule
 from cogx_fast.sizes import choose_video
 from cogx_fast.tune.steps import _choose, _fit, find_schedule, run_latents
 from tests.cases import for_each

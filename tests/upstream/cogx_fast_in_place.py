@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from cogx_fast.runtime.diffusers_model import CogVideoXTransformer3DModel as Ours
+from cogx_fast.runtime.for_diffusers.diffusers_model import CogVideoXTransformer3DModel as Ours
 
 _Theirs = diffusers.CogVideoXTransformer3DModel
 _begin = Ours.__init__

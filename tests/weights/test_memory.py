@@ -26,7 +26,7 @@ import cogx_fast
 def memory(field):
     return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-cogx_fast.runtime.upstream.model_class()  # imports diffusers
+cogx_fast.runtime.for_diffusers.upstream.model_class()  # imports diffusers
 for number in range(1, len(sys.argv), 3):
     directory, dtype, quantized = sys.argv[number : number + 3]
     if os.fork() == 0:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import cogx_fast
-from cogx_fast.runtime.compile import watch_compilation
+from cogx_fast.runtime.compiling.compile import watch_compilation
 from cogx_fast.weights.lora import LoraError
 from cogx_fast.weights.quantized import inner_tensors, is_quantized
 from tests.cases import for_each

@@ -28,7 +28,7 @@ def make(config: Any, directory: Path, recipe: str) -> tuple[Path, Path]:
     """The same weights in bf16 and quantized."""
     original, quantized = directory / "original", directory / "quantized"
     with torch.device("meta"):
-        model = cogx_fast.runtime.upstream.model_class()(config).to(torch.bfloat16)
+        model = cogx_fast.runtime.for_diffusers.upstream.model_class()(config).to(torch.bfloat16)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):

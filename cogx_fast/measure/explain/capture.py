@@ -22,7 +22,7 @@ import torch
 
 from cogx_fast.measure.explain import traffic
 from cogx_fast.measure.explain.report import Break, Graph, Kernel, Recompile
-from cogx_fast.runtime.recompiles import told_of_compilation
+from cogx_fast.runtime.compiling.recompiles import told_of_compilation
 
 PHASES = ("dynamo", "aot", "inductor", "build")
 _SERIAL = re.compile(r"_\d+$")

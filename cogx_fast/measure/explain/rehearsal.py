@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cogx_fast.runtime.step_cache import Generation, Pattern, Step, StepCache
+from cogx_fast.runtime.step_caching.step_cache import Generation, Pattern, Step, StepCache
 
 if TYPE_CHECKING:
     from cogx_fast.model.transformer import CogVideoXTransformer

@@ -15,13 +15,13 @@ from cogx_fast.measure.dtypes import default_dtype
 from cogx_fast.measure.explain.capture import Capture
 from cogx_fast.measure.explain.rehearsal import Rehearsal
 from cogx_fast.measure.explain.report import CacheUse, Explanation, Size
-from cogx_fast.runtime.step_cache import StepCache
+from cogx_fast.runtime.step_caching.step_cache import StepCache
 from cogx_fast.runtime.tensors import plain_tensors
 from cogx_fast.sizes import choose_video, default_video, padded_latent_frames
 
 if TYPE_CHECKING:
     from cogx_fast.config import TransformerConfig
-    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.compiling.compile import CompileConfig
     from cogx_fast.runtime.module import CogVideoXModel
 
 
@@ -58,7 +58,7 @@ def explain(
     """
     from torch._inductor.utils import fresh_cache
 
-    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.compiling.compile import CompileConfig
 
     compilation = model.runner.compilation
     config = compile or (CompileConfig() if compilation is None else compilation.config)
@@ -140,7 +140,7 @@ def fake_copy(model: CogVideoXModel) -> tuple[CogVideoXModel, Any]:
     from torch._guards import detect_fake_mode
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-    from cogx_fast.runtime.compile import uncompile_model
+    from cogx_fast.runtime.compiling.compile import uncompile_model
 
     mode = detect_fake_mode(list(model.parameters()))
     if mode is not None:
@@ -168,7 +168,7 @@ def _compile(
     model: CogVideoXModel, calls: list[tuple[Size, Any]], config: CompileConfig, spatial_factor: int, capture: Capture
 ) -> None:
     """Compile a copy by calling it at each size."""
-    from cogx_fast.runtime.compile import RecompileWarning, compile_model, uncompile_model
+    from cogx_fast.runtime.compiling.compile import RecompileWarning, compile_model, uncompile_model
 
     faked, mode = fake_copy(model)
     compile_model(faked, dataclasses.replace(config, strict=False), compiler=capture.compiler)

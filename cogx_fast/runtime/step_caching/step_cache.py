@@ -32,7 +32,7 @@ from torch import Tensor
 
 from cogx_fast.model.tracing import is_traced
 from cogx_fast.runtime.composition import Feature, feature_of
-from cogx_fast.runtime.step_schedule import FirstBlock, Given, StepCacheError, StepSchedule, Strategy
+from cogx_fast.runtime.step_caching.step_schedule import FirstBlock, Given, StepCacheError, StepSchedule, Strategy
 
 if TYPE_CHECKING:
     from cogx_fast.model.transformer import CogVideoXTransformer

@@ -12,16 +12,16 @@ import torch
 from cogx_fast.model.products import is_int8_dynamic
 from cogx_fast.runtime import composition
 from cogx_fast.runtime.attached import Watch
-from cogx_fast.runtime.calls import Calls
-from cogx_fast.runtime.compiled import CompiledRunner, WholeRunner, check_graphs
-from cogx_fast.runtime.recompiles import CompilationStats, RecompileError, RecompileWarning, watch_compilation
+from cogx_fast.runtime.compiling.calls import Calls
+from cogx_fast.runtime.compiling.compiled import CompiledRunner, WholeRunner, check_graphs
+from cogx_fast.runtime.compiling.recompiles import CompilationStats, RecompileError, RecompileWarning, watch_compilation
+from cogx_fast.runtime.compiling.symbols import Symbols
+from cogx_fast.runtime.compiling.torch_cache import CacheDirectory
 from cogx_fast.runtime.runner import Runner
-from cogx_fast.runtime.symbols import Symbols
-from cogx_fast.runtime.torch_cache import CacheDirectory
 
 if TYPE_CHECKING:
+    from cogx_fast.runtime.compiling.recorder import Recorder
     from cogx_fast.runtime.module import CogVideoXModel
-    from cogx_fast.runtime.recorder import Recorder
 
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 
@@ -105,7 +105,7 @@ def compile_model(
     with directory.used():
         recorder = None
         if config.backend == "inductor":
-            from cogx_fast.runtime.recorder import Recorder
+            from cogx_fast.runtime.compiling.recorder import Recorder
 
             int8 = any(map(is_int8_dynamic, model.modules()))
             recorder = Recorder(config, functools.partial(inductor_options, config, int8=int8))
@@ -170,7 +170,7 @@ def _repair() -> dict[str, Any]:
 
     if not hasattr(passes, "CustomSchedulerPass"):
         return {"triton.coalesce_tiling_analysis": False}
-    from cogx_fast.runtime.merged_loops import KeepSplitLoops
+    from cogx_fast.runtime.compiling.merged_loops import KeepSplitLoops
 
     return {"_post_fusion_custom_pass": KeepSplitLoops()}
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from cogx_fast.model.tracing import is_traced
 from cogx_fast.runtime.attached import Attached, AttachedError, named
-from cogx_fast.runtime.calls import Calls
-from cogx_fast.runtime.kinds import own
+from cogx_fast.runtime.compiling.calls import Calls
+from cogx_fast.runtime.compiling.kinds import own
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 """``torch.compile`` with everything but the function."""

@@ -28,8 +28,8 @@ from cogx_fast.model.layers import FeedForward
 from cogx_fast.model.tables import sincos_table
 from cogx_fast.model.transformer import Attention
 from cogx_fast.runtime.attached import AttachedError, check_processor
-from cogx_fast.runtime.averages import follow_layout
-from cogx_fast.runtime.diffusers_adapters import AdapterMethods
+from cogx_fast.runtime.for_diffusers.averages import follow_layout
+from cogx_fast.runtime.for_diffusers.diffusers_adapters import AdapterMethods
 from cogx_fast.runtime.module import CogVideoXModel
 from cogx_fast.sizes import own_grid
 

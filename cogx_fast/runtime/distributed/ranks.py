@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cogx_fast.runtime import processes
+from cogx_fast.runtime.distributed import processes
 
 LOST_AFTER = 12.0
 """Seconds without a sign of life after which a rank is lost."""

@@ -22,16 +22,16 @@ from cogx_fast.attention.masks import full_block_mask
 from cogx_fast.attention.plan import hash_config
 from cogx_fast.model.cpu import has_int8_products
 from cogx_fast.model.products import is_int8_dynamic
-from cogx_fast.runtime.candidates import candidates
 from cogx_fast.runtime.code_file import (
     describe_device,
     describe_versions,
     write_artifact,
 )
-from cogx_fast.runtime.package import KIND, SizeRange
-from cogx_fast.runtime.sharded import refuse_sharded
+from cogx_fast.runtime.compiling.candidates import candidates
+from cogx_fast.runtime.distributed.sharded import refuse_sharded
+from cogx_fast.runtime.packages.package import KIND, SizeRange
+from cogx_fast.runtime.packages.toolkit import build_tools
 from cogx_fast.runtime.tensors import hash_block, leaves, named_weights, unflatten
-from cogx_fast.runtime.toolkit import build_tools
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -140,7 +140,7 @@ def compile_block(model: CogVideoXModel, block: nn.Module, sizes: SizeRange, tar
     from torch._inductor import aoti_compile_and_package, config
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    from cogx_fast.runtime.compile import CompileConfig, inductor_options
+    from cogx_fast.runtime.compiling.compile import CompileConfig, inductor_options
 
     int8 = any(map(is_int8_dynamic, block.modules()))
     options = inductor_options(CompileConfig(), model.device, int8=int8)

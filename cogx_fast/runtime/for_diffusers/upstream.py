@@ -14,7 +14,7 @@ def model_class(for_pipelines: bool | None = True) -> type[CogVideoXModel]:
         for_pipelines = "diffusers" in sys.modules
     if not for_pipelines or importlib.util.find_spec("diffusers") is None:
         return CogVideoXModel
-    from cogx_fast.runtime.diffusers_model import CogVideoXTransformer3DModel
+    from cogx_fast.runtime.for_diffusers.diffusers_model import CogVideoXTransformer3DModel
 
     return CogVideoXTransformer3DModel
 

@@ -34,9 +34,9 @@ from cogx_fast.runtime.code_file import (
 from cogx_fast.whole_file import whole_file
 
 if TYPE_CHECKING:
-    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.compiling.compile import CompileConfig
+    from cogx_fast.runtime.compiling.recorder import Recorder
     from cogx_fast.runtime.module import CogVideoXModel
-    from cogx_fast.runtime.recorder import Recorder
 
 KIND = "compile cache"
 _ARTIFACTS = "artifacts.bin"

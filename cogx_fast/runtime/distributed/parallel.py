@@ -28,17 +28,17 @@ from cogx_fast.attention.masks import SparseBlocks
 from cogx_fast.attention.plan import hash_config
 from cogx_fast.model.transformer import CogVideoXTransformer
 from cogx_fast.runtime.composition import Feature
+from cogx_fast.runtime.distributed.sharded import check_shardable, refuse_sharded, shard_blocks, sharded
 from cogx_fast.runtime.runner import ForBlocks, Inputs, Whole
-from cogx_fast.runtime.sharded import check_shardable, refuse_sharded, shard_blocks, sharded
-from cogx_fast.runtime.step_cache import StepCache, place_of
+from cogx_fast.runtime.step_caching.step_cache import StepCache, place_of
 from cogx_fast.runtime.tensors import leaves
 from cogx_fast.version import __version__
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from cogx_fast.runtime.distributed.ranks import Ranks
     from cogx_fast.runtime.module import CogVideoXModel
-    from cogx_fast.runtime.ranks import Ranks
 
 _NAMES = ("guidance", "sequence")
 
@@ -108,7 +108,7 @@ def parallelize(model: CogVideoXModel, parallel: ParallelConfig | DeviceMesh | N
         runner.refuse_packaged(f"sequence={sequence} needs another code of the blocks (guidance alone does not)")
     if heads % sequence:
         raise ValueError(_not_divided(heads, sequence))
-    from cogx_fast.runtime import ranks
+    from cogx_fast.runtime.distributed import ranks
 
     lost_after = parallel.lost_after if isinstance(parallel, ParallelConfig) else ranks.LOST_AFTER
     ranks.start(lost_after)

@@ -1,7 +1,8 @@
 """What diffusers' model answers about adapters (``PeftAdapterMixin``). Importing it needs diffusers.
 
-What is loaded to be used is merged into the weights (``runtime.adapters``). What is trained stands in the model as PEFT
-has it, around query, key and value apart; while it does, diffusers' own methods do all that is asked of adapters.
+What is loaded to be used is merged into the weights (``for_diffusers.adapters``). What is trained stands in the model
+as PEFT has it, around query, key and value apart; while it does, diffusers' own methods do all that is asked of
+adapters.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class AdapterMethods(CogVideoXModel):
             super().set_loras(loras)
 
     def _adapters(self) -> Any:
-        from cogx_fast.runtime.adapters import Adapters
+        from cogx_fast.runtime.for_diffusers.adapters import Adapters
 
         if "adapters" not in self._modules:
             self.adapters = Adapters(self)

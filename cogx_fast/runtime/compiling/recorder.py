@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cogx_fast.runtime.candidates import candidates
-from cogx_fast.runtime.warm_start import LIBRARY
+from cogx_fast.runtime.compiling.candidates import candidates
+from cogx_fast.runtime.compiling.warm_start import LIBRARY
 
 if TYPE_CHECKING:
-    from cogx_fast.runtime.compile import CompileConfig
+    from cogx_fast.runtime.compiling.compile import CompileConfig
 
 
 class Recorder(torch._TorchCompileInductorWrapper):

@@ -15,10 +15,16 @@ from torch import Tensor
 from cogx_fast.attention.attend import Mask
 from cogx_fast.attention.backends import lacks_bf16
 from cogx_fast.attention.masks import SparseBlocks
-from cogx_fast.runtime.flags import Flags
-from cogx_fast.runtime.recompiles import Call, RecompileError, RecompileWarning, explain_recompile, show_progress
+from cogx_fast.runtime.compiling.flags import Flags
+from cogx_fast.runtime.compiling.recompiles import (
+    Call,
+    RecompileError,
+    RecompileWarning,
+    explain_recompile,
+    show_progress,
+)
+from cogx_fast.runtime.compiling.torch_cache import CacheDirectory
 from cogx_fast.runtime.runner import Inputs
-from cogx_fast.runtime.torch_cache import CacheDirectory
 
 _RECOMPILE_LIMIT = 256
 """Graphs kept for one kind of block: every size of a long session with ``dynamic=False`` (torch's own limit is 8)."""

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cogx_fast.config import TransformerConfig
-from cogx_fast.runtime.step_schedule import (
+from cogx_fast.runtime.step_caching.step_schedule import (
     NAMED,
     FirstBlock,
     Given,

@@ -1,4 +1,4 @@
-"""Packages: a model's blocks compiled ahead of time (``runtime.export``), in one file, without its weights.
+"""Packages: a model's blocks compiled ahead of time (``runtime.packages.export``), in one file, without its weights.
 
 Weights are inputs of the compiled code, so a package runs any checkpoint of its configuration, with neither Dynamo nor
 Inductor nor a compiler. Embedding and head run as they are, as in block-scope compilation. A package is code:

@@ -15,12 +15,12 @@ from cogx_fast.attention.masks import SparseBlocks
 from cogx_fast.model.tracing import is_traced
 from cogx_fast.model.transformer import Block, CogVideoXTransformer
 from cogx_fast.runtime.attached import Attached, name_of, named, on_modules, patched_forward, refuse
-from cogx_fast.runtime.calls import Calls, describe_call
-from cogx_fast.runtime.kinds import kind_of, own
-from cogx_fast.runtime.piece import Compile, Piece
+from cogx_fast.runtime.compiling.calls import Calls, describe_call
+from cogx_fast.runtime.compiling.kinds import kind_of, own
+from cogx_fast.runtime.compiling.piece import Compile, Piece
+from cogx_fast.runtime.compiling.symbols import Symbols
 from cogx_fast.runtime.runner import CallWith, ComputeBlocks, Inputs, Runner, Slots, call_eagerly, compute_all, run
-from cogx_fast.runtime.step_cache import Pattern, StepCache
-from cogx_fast.runtime.symbols import Symbols
+from cogx_fast.runtime.step_caching.step_cache import Pattern, StepCache
 
 _INSTEAD = (
     "use compile=False, pipe.enable_model_cpu_offload(), or enable_group_offload(offload_type='block_level', "

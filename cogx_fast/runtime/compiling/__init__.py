@@ -1,0 +1,1 @@
+"""How a model is compiled, what that makes of it, and how the next process starts from it."""

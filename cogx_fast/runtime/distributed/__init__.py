@@ -1,0 +1,1 @@
+"""One step, or one model, on several ranks."""

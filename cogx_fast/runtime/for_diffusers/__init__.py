@@ -1,0 +1,1 @@
+"""What diffusers, its pipelines and its adapters ask of their own model."""

@@ -1,0 +1,1 @@
+"""A model's blocks compiled ahead of time, in a file."""

@@ -1,0 +1,1 @@
+"""Which blocks each denoising step computes."""
