@@ -32,7 +32,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         mark = item.get_closest_marker("cards")
         is_here = CARD in (mark.args if mark else ("h100",)) and HALF in ("", str(files.index(item.path) % 2))
         (here if is_here else elsewhere).append(item)
-    items[:] = here
+    # With torch 2.11, a step holds one stream more in a process in which a graph was compiled for another batch.
+    items[:] = sorted(here, key=lambda item: item.path.name != "test_memory.py")
     config.hook.pytest_deselected(items=elsewhere)
 
 
