@@ -189,7 +189,6 @@ def test_an_int8_product_that_is_timed_is_joined_by_its_scaling_and_the_gelu(sco
     assert all("mul" in name for name in products)
 
 
-@pytest.mark.cards("h100", "rtx4060")
 @pytest.mark.parametrize("preset", ["2b", "5b"])
 def test_int8_products_of_real_widths_write_no_sums(preset: str, timed: list[tuple[str, int, int]]) -> None:
     whole = full_width(preset)
