@@ -57,7 +57,9 @@ def _gelu(x: Tensor, *, in_place: bool) -> Tensor:
     0.4 of its tanh's time. Eagerly that is six passes over the widest tensor, which take as long as the operator.
     """
     if is_traced() and x.device.type == "cpu" and not torch.is_grad_enabled():
-        return x * torch.sigmoid(x * (_TWICE_ROOT_2_BY_PI + 0.044715 * _TWICE_ROOT_2_BY_PI * x * x))
+        wide = x.float()  # in registers; where a graph is run as it stands, it rounds once, as the operator does
+        twice_y = wide * (_TWICE_ROOT_2_BY_PI + 0.044715 * _TWICE_ROOT_2_BY_PI * wide * wide)
+        return (wide * torch.sigmoid(twice_y)).to(x.dtype)
     if in_place and not (x.requires_grad or is_traced()):
         return torch.ops.aten.gelu_(x, approximate="tanh")
     return F.gelu(x, approximate="tanh")

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         mark = item.get_closest_marker("cards")
         is_here = CARD in (mark.args if mark else ("h100",)) and HALF in ("", str(files.index(item.path) % 2))
         (here if is_here else elsewhere).append(item)
-    # With torch 2.11, a step holds one stream more in a process in which a graph was compiled for another batch.
+    # With torch 2.11, once a graph was compiled for another batch, compiled and counted steps hold a stream more.
     items[:] = sorted(here, key=lambda item: item.path.name != "test_memory.py")
     config.hook.pytest_deselected(items=elsewhere)
 

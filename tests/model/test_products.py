@@ -238,9 +238,14 @@ def test_which_are_products_of_int8(scheme: str) -> None:
 
 @for_each("dtype, limit", [(torch.bfloat16, 1.01), (torch.float32, 1.5)])
 def test_the_gelu_compiled_for_the_cpu_is_the_tanh_gelu(dtype: torch.dtype, limit: float) -> None:
-    """As accurate as torch's operator, for large and small values too; with gradients it is that operator."""
-    projection = _projection(dtype)
-    compiled = torch.compile(projection, fullgraph=True)
+    """As accurate as torch's operator, for large and small values too, as generated code or run as traced."""
+    for backend in ("inductor", "eager"):
+        _check_compiled_gelu(_projection(dtype), backend, limit)
+
+
+def _check_compiled_gelu(projection: Any, backend: str, limit: float) -> None:
+    dtype = projection.proj.weight.dtype
+    compiled = torch.compile(projection, fullgraph=True, backend=backend)
     x = torch.randn(3, 40, projection.proj.in_features, dtype=dtype)
     x[0] *= 1e3
     x[1] *= 1e-6
