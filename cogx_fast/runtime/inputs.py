@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,14 @@ from cogx_fast.runtime.baked import BakedSchedule
 from cogx_fast.runtime.runner import Inputs
 
 _TABLES_HELD = 8
+
+
+class _Joined(NamedTuple):
+    """What two of the caller's tables became."""
+
+    of: tuple[weakref.ref[Tensor], weakref.ref[Tensor]]
+    key: tuple[Any, ...]
+    rotary: Rotary
 
 
 class Preparation:
@@ -42,6 +51,7 @@ class Preparation:
         """The sparse attention in use."""
         self.baked: BakedSchedule | None = None
         """What makes the conditioning's tables, where they stand in for the weights."""
+        self._joined: _Joined | None = None
 
     def use(self, config: TransformerConfig) -> None:
         """From now on the default video, whose size tables depend on, is this configuration's."""
@@ -49,7 +59,7 @@ class Preparation:
         self.tables.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tables": OrderedDict()}  # a copy makes its own
+        return {**self.__dict__, "tables": OrderedDict(), "_joined": None}  # a copy makes its own
 
     def __call__(
         self,
@@ -156,8 +166,25 @@ class Preparation:
                     f"image_rotary_emb has a table of shape {tuple(table.shape)}, expected {expected}: one row for "
                     f"each of the {' × '.join(map(str, grid))} patches, one column for each channel of a head"
                 )
-        cos, sin = given
-        return join_rotary(cos.to(device), sin.to(device), text_len)
+        return self._join(*given, text_len, device)
+
+    def _join(self, cos: Tensor, sin: Tensor, text_len: int, device: torch.device) -> Rotary:
+        """Tables of the joint stream: pipelines give every step the same two, which are joined once, until they are
+        others or were written to."""
+        tables = cos, sin
+        if is_traced() or any(table.requires_grad or table.is_inference() for table in tables):
+            return join_rotary(cos.to(device), sin.to(device), text_len)
+        key = *(table._version for table in tables), text_len, device
+        joined = self._joined
+        if (
+            joined is None
+            or joined.key != key
+            or any(of() is not table for of, table in zip(joined.of, tables, strict=True))
+        ):
+            with torch.inference_mode(False), torch.no_grad():
+                rotary = join_rotary(cos.to(device), sin.to(device), text_len)
+            joined = self._joined = _Joined((weakref.ref(cos), weakref.ref(sin)), key, rotary)
+        return joined.rotary
 
     def _positions(
         self,

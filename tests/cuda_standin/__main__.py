@@ -30,8 +30,15 @@ _NO_TESTS = 5
 """pytest's exit status where -k leaves a card none."""
 
 
-def run_card(name: str, folder: Path, arguments: list[str]) -> int:
-    """pytest on one card, or ``card-0``, half of its files; its output is printed when it is done."""
+def run_card(name: str, folder: Path, kernels: str, arguments: list[str]) -> int:
+    """pytest on one card, or ``card-0``, half of its files; its output is printed when it is done.
+
+    Args:
+        name: the card's.
+        folder: of the stand-in's libraries.
+        kernels: Triton's cache, which all share: a kernel is compiled once for a compute capability.
+        arguments: more of pytest's.
+    """
     card, _, half = name.partition("-")
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="standin-") as caches:
@@ -43,19 +50,10 @@ def run_card(name: str, folder: Path, arguments: list[str]) -> int:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
-            "TRITON_CACHE_DIR": f"{caches}/triton",
+            "TRITON_CACHE_DIR": kernels,
             "HF_HUB_OFFLINE": "1",
         }
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "tests/cuda_standin",
-            "-q",
-            "--show-capture=no",
-            *_OPTIONS,
-            *arguments,
-        ]
+        command = [sys.executable, "-m", "pytest", "tests/cuda_standin", *_OPTIONS, *arguments]
         log = OUT / f"{name}.log"  # to look at while it runs
         with log.open("w") as output:
             done = subprocess.run(
@@ -77,8 +75,8 @@ def main(arguments: list[str]) -> int:
         return 1
     cards = options.card or CARDS
     names = [name for card in cards for name in ([f"{card}-0", f"{card}-1"] if card in HALVED else [card])]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        statuses = list(pool.map(lambda name: run_card(name, folder, rest), names))
+    with tempfile.TemporaryDirectory(prefix="standin-triton-") as kernels, ThreadPoolExecutor(options.jobs) as pool:
+        statuses = list(pool.map(lambda name: run_card(name, folder, kernels, rest), names))
     failed = [name for name, status in zip(names, statuses, strict=True) if status]
     print(f"failed on {', '.join(failed)}" if failed else "every card passed")
     return 1 if failed else 0

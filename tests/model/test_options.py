@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from cogx_fast.attention.backends import BACKENDS
 from cogx_fast.config import FEED_FORWARD_ACTIVATIONS, TIMESTEP_ACTIVATIONS
 from cogx_fast.runtime.module import CogVideoXModel
 from tests.cases import for_each
-from tests.model.pairs import TOLERANCE, call, new_pair, pair
+from tests.model.pairs import TOLERANCE, call, new_pair, pair, with_tables
 from tests.support import relative_error, small
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -225,3 +227,42 @@ def test_held_tables_do_not_pile_up() -> None:
             model(**call(model.config, batch=1, frames=1, height=2, width=width))
     assert len(model.inputs.tables) <= 8
     assert not model.state_dict().keys() & {"tables", "pos_embedding"}
+
+
+def test_tables_of_a_call_are_joined_once_and_again_when_they_are_others() -> None:
+    """Pipelines give every step the same two. Written to in place, or in another place, they are others."""
+    both = pair("5b")
+    arguments = with_tables(both.config, call(both.config))
+    cos, sin = arguments["image_rotary_emb"]
+
+    def joined(**changes: Any) -> list[Tensor]:
+        assert both.error(arguments | changes) < TOLERANCE
+        latents, text, timestep = (
+            (arguments | changes)[name] for name in ("hidden_states", "encoder_hidden_states", "timestep")
+        )
+        inputs = both.ours.inputs(both.ours, latents, text, timestep, None, (cos, sin), None, takes_block_masks=False)
+        assert inputs.rotary is not None
+        return list(inputs.rotary)
+
+    first = joined()
+    assert all(new is old for new, old in zip(joined(), first, strict=True))
+    text = arguments["encoder_hidden_states"]
+    assert joined(encoder_hidden_states=text[:, 1:])[0].shape[0] == first[0].shape[0] - 1
+    cos.mul_(-1)
+    assert joined()[0][-1].equal(-first[0][-1])
+    sin = sin.clone().mul_(-1)
+    arguments["image_rotary_emb"] = cos, sin
+    assert joined()[1][-1].equal(-first[1][-1])
+
+
+def test_tables_joined_in_inference_mode_serve_a_training_step_later() -> None:
+    both = pair("5b")
+    arguments = with_tables(both.config, call(both.config))
+    model = copy.deepcopy(both.ours).train()
+    with torch.inference_mode():
+        expected = model(**arguments).sample
+        tables = tuple(table.clone() for table in arguments["image_rotary_emb"])  # these have no version
+        assert model(**arguments | {"image_rotary_emb": tables}).sample.equal(expected)
+    sample = model(**arguments).sample
+    sample.sum().backward()
+    assert relative_error(sample.detach(), expected) < TOLERANCE
