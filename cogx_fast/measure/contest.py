@@ -6,7 +6,7 @@ import dataclasses
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ class Work:
     """Of ours."""
     attention: str = "auto"
     quant: str | None = None
-    peer_compile: bool = False
-    """``torch.compile(..., fullgraph=True)`` of diffusers' whole model."""
+    peer_compile: Literal["model", "blocks"] | None = None
+    """What of diffusers' is compiled by ``torch.compile(..., fullgraph=True)``: all of it, or each of its blocks."""
 
 
 class Contest:
@@ -59,8 +59,11 @@ class Contest:
         quant: dict[str, Any] = {} if work.quant is None else {"quant": work.quant}
         ours = load(random_upstream(work), compile=work.compile, attention=work.attention, **quant)
         peer = random_upstream(work)
-        if work.peer_compile:
+        if work.peer_compile == "model":
             peer = torch.compile(peer, fullgraph=True)
+        elif work.peer_compile == "blocks":
+            for block in peer.transformer_blocks:
+                block.compile(fullgraph=True)
         self.steps: dict[str, Callable[[], Tensor]] = {
             OURS: lambda: run(ours, arguments),
             PEER: lambda: run(peer, arguments),
