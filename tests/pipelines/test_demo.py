@@ -53,7 +53,9 @@ def test_it_writes_real_files(demo: tuple[Finished, Path]) -> None:
     assert sorted(path.name for path in demo[1].iterdir()) == sorted(path.name for path in [*files.values(), *videos])
     upstream, ours = (read_video(path) for path in videos[:2])
     assert upstream.shape == ours.shape == (17, 64, 64, 3)
-    assert np.abs(upstream.astype(int) - ours).max() <= 8  # one picture, coded twice
+    difference = np.abs(upstream.astype(int) - ours)
+    assert difference.mean() <= 0.5  # one picture, coded twice: 0 with AVX512; of 255, 0.12 and at most 10 with AVX2
+    assert difference.max() <= 16
     assert ours.std() > 20
     with Image.open(files["contact_sheet"]) as sheet:
         sheet.load()
