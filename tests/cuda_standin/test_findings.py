@@ -189,8 +189,9 @@ def test_an_int8_product_that_is_timed_is_joined_by_its_scaling_and_the_gelu(sco
     assert all("mul" in name for name in products)
 
 
-def test_int8_products_of_real_widths_write_no_sums(timed: list[tuple[str, int, int]]) -> None:
-    whole = full_width()
+@pytest.mark.parametrize("preset", ["2b", "5b"])
+def test_int8_products_of_real_widths_write_no_sums(preset: str, timed: list[tuple[str, int, int]]) -> None:
+    whole = full_width(preset)
     quant.quantize(whole, "int8-dynamic")
     compile_model(whole, CompileConfig())
     sizes = {"frames": 1, "height": 32, "width": 48}

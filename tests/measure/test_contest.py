@@ -13,10 +13,13 @@ import torch
 
 from cogx_fast.cli.bench import verdict
 from cogx_fast.measure import timing
+from cogx_fast.measure.contest import Contest, Work
 from cogx_fast.model import layers
+from cogx_fast.sizes import Tokens
 from tests.cases import for_each
 from tests.clock import work_for_time
 from tests.conftest import report, run_cli
+from tests.support import small
 
 WORK = ("bench", "tiny", "--no-compile", "--height", "128", "--width", "128", "--layers", "2", "--dtype", "fp32")
 ROUNDS = ("--rounds", "2")
@@ -162,6 +165,23 @@ def test_the_ratio_is_found_on_a_machine_that_others_slow_down() -> None:
     assert found.low < 1.2 < found.high
     assert found.high - found.low < 0.05
     assert timing.median(load).high - timing.median(load).low > 0.5  # the times themselves are no use
+
+
+@for_each(
+    "what, compiled", [("model", ["CogVideoXTransformer3DModel"]), ("blocks", 2 * ["CogVideoXBlock"]), (None, [])]
+)
+def test_what_of_diffusers_is_compiled(what: Any, compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def compile_(function: Any, **options: Any) -> Any:
+        assert options == {"fullgraph": True}
+        seen.append(type(getattr(function, "__self__", function)).__name__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    work = Work(config=small("5b"), tokens=Tokens(text=8, grid=(2, 4, 4)), dtype=torch.float32, peer_compile=what)
+    Contest(work)
+    assert seen == compiled
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
